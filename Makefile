@@ -1,0 +1,51 @@
+# make demo | make test | make env | make lint | make clean
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+PYTHON ?= python3
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+LOCK := envs/requirements.lock
+WITH := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: demo test env lint format docs clean
+
+## the embedded experiment, from nothing to results/table.csv
+demo: env
+	@$(WITH) snakemake --cores $(CORES) results/table.csv
+	@echo && cat results/table.md
+
+## the environment in .venv; made anew when the lock file changes
+env:
+	@cmp -s $(LOCK) .venv/made-from.lock || $(MAKE) --no-print-directory new-env
+
+.PHONY: new-env
+new-env:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --requirement $(LOCK)
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	cp $(LOCK) .venv/made-from.lock
+
+## lint, formatting, the whole test suite
+test: lint
+	$(WITH) python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(WITH) python -m pytest -m slow --durations 15
+
+lint: env
+	$(WITH) ruff check .
+	$(WITH) ruff format --check .
+	$(WITH) snakefmt --check Snakefile rules workflow/Snakefile
+	$(WITH) snakemake --lint
+
+## rewrite code in the project's format
+format: env
+	$(WITH) ruff check --fix .
+	$(WITH) ruff format .
+	$(WITH) snakefmt Snakefile rules workflow/Snakefile
+
+clean:
+	rm -rf .venv .snakemake logs results/* resources/*
+
+## config/README.md from the settings classes
+docs: env
+	.venv/bin/python -m kdbench.reference > config/README.md

@@ -1,0 +1,88 @@
+localrules:
+    collect_scores,
+    aggregate_method,
+    aggregate_experiment,
+    aggregate,
+
+
+rule collect_scores:
+    """The scores of a teacher, or of a method's students, as one long table."""
+    input:
+        script="workflow/scripts/collect_scores.py",
+        config=group_config_of,
+        scores=group_scores_of,
+    output:
+        "results/{group}/scores.csv",
+    log:
+        "logs/collect_scores/{group}.log",
+    benchmark:
+        "results/benchmarks/collect_scores/{group}.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    shell:
+        "python {input.script} --scores {input.scores} --output {output} > {log} 2>&1"
+
+
+rule aggregate_method:
+    input:
+        script="workflow/scripts/aggregate.py",
+        scores=shown_scores,
+    output:
+        "results/{experiment}/methods/{method}/table.csv",
+    log:
+        "logs/aggregate_method/{experiment}/{method}.log",
+    benchmark:
+        "results/benchmarks/aggregate_method/{experiment}/{method}.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    params:
+        rows=shown_rows,
+    shell:
+        "python {input.script} --rows {params.rows:q} --table {output} > {log} 2>&1"
+
+
+rule aggregate_experiment:
+    input:
+        script="workflow/scripts/aggregate.py",
+        scores=shown_scores,
+    output:
+        "results/{experiment}/table.csv",
+    log:
+        "logs/aggregate_experiment/{experiment}.log",
+    benchmark:
+        "results/benchmarks/aggregate_experiment/{experiment}.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    params:
+        rows=shown_rows,
+    shell:
+        "python {input.script} --rows {params.rows:q} --table {output} > {log} 2>&1"
+
+
+rule aggregate:
+    """The product: one row per experiment, model, method and objective."""
+    input:
+        script="workflow/scripts/aggregate.py",
+        scores=shown_scores,
+        alignments=shown_alignments,
+    output:
+        table=report(
+            "results/table.csv",
+            caption="../workflow/report/table.rst",
+            category="ROUGE-L",
+            labels={"what": "table"},
+        ),
+        scores="results/scores.csv",
+        markdown="results/table.md",
+    log:
+        "logs/aggregate.log",
+    benchmark:
+        "results/benchmarks/aggregate.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    params:
+        rows=shown_rows,
+        settings=generation_settings,
+    shell:
+        "python {input.script} --rows {params.rows:q} --settings {params.settings:q} --alignments {input.alignments}"
+        " --table {output.table} --scores {output.scores} --markdown {output.markdown} > {log} 2>&1"

@@ -1,0 +1,1 @@
+"""Which response tokens of a teacher belong to which of a student."""

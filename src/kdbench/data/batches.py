@@ -1,0 +1,170 @@
+"""Batches of tokenised records: which records make a step, and the tensors of a forward pass."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BUCKET_BATCHES = (
+    50  # batches that are sorted by length together: more pad less, fewer mix records of different lengths better
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's tensors of a batch; sequences are padded on the right to the longest of the batch.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) int64, 1 on text.
+        positions: (n,) int64, places in the flattened (B·L) whose next token is a response token; ascending.
+        targets: (n,) int64, those response tokens.
+        sequence: (n,) int64, the sequence of the batch that each belongs to.
+        counts: (B,) int64, response tokens of each sequence.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    sequence: Tensor
+    counts: Tensor
+
+    def to(self, device) -> "Side":
+        """The same tensors on another device."""
+        return Side(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads.
+
+    Attributes:
+        rows: the records, as numbers in the tokenised data set.
+        student: the student's tensors of them.
+        teacher: the teacher's, or None where no method asked for its signal.
+        pairs: (p, 2) int64, response rows of the student and of the teacher in this batch that belong together, or None.
+    """
+
+    rows: list[int]
+    student: Side
+    teacher: Side | None = None
+    pairs: Tensor | None = None
+
+    def to(self, device) -> "Batch":
+        """The same batch on another device."""
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        pairs = None if self.pairs is None else self.pairs.to(device, non_blocking=True)
+        return Batch(self.rows, self.student.to(device), teacher, pairs)
+
+
+def schedule(lengths: np.ndarray, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
+    """The optimizer steps of one epoch: every record in exactly one of ceil(R / batch_size) global batches.
+
+    Records are shuffled, sorted by length within groups of 50 batches, cut into batches, and the batches are shuffled. The records that
+    are left over make a smaller batch at the end; they are drawn before sorting, so that they are of any length. Nothing here depends on
+    the method, on micro-batches or on the number of processes: runs of one seed see the same records in the same order.
+
+    Args:
+        lengths: (R,) tokens of each record.
+        batch_size: records of a step.
+        epoch: counted from 0; each has its own order.
+        seed: of the run.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    whole = len(order) - len(order) % batch_size
+    group = batch_size * _BUCKET_BATCHES
+    batches = []
+    for start in range(0, whole, group):
+        records = order[start : min(start + group, whole)]
+        records = records[np.argsort(lengths[records], kind="stable")]
+        batches.extend(records.reshape(-1, batch_size))
+    shuffled = [batches[index].tolist() for index in generator.permutation(len(batches))]
+    return shuffled + ([order[whole:].tolist()] if whole < len(order) else [])
+
+
+def split(batch: Sequence[int], lengths: np.ndarray, rank: int, world: int, micro: int) -> list[list[int]]:
+    """The micro-batches of one process: as many as every other process has, at most `micro` records in each.
+
+    Records go to the processes in turns, by length, so that all of them pad alike and work equally long. Where a process has fewer
+    records than micro-batches, some of them are empty.
+
+    Args:
+        batch: records of a step.
+        lengths: (R,) tokens of each record of the data set.
+        rank: the process, of `world`.
+        micro: records of one forward pass.
+    """
+    batch = np.asarray(batch)
+    mine = batch[np.argsort(lengths[batch], kind="stable")][rank::world]
+    parts = math.ceil(math.ceil(len(batch) / world) / micro)
+    return [part.tolist() for part in np.array_split(mine, parts)]
+
+
+def side(column, rows: Sequence[int]) -> Side:
+    """One model's tensors of some records, on the CPU. Padding has id 0: masks, never ids, tell it from text.
+
+    Args:
+        column: one side of `kdbench.data.tokens.Tokens`: `ids` (all tokens), `starts` (R + 1), `prompt_lengths` (R), at least 1 each.
+        rows: the records.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    starts = column.starts[rows]
+    sizes = column.starts[rows + 1] - starts
+    prompts = column.prompt_lengths[rows].astype(np.int64)
+    width = int(sizes.max())
+    place = np.arange(width)
+    text = place < sizes[:, None]
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    input_ids[text] = column.ids[_ranges(starts, sizes)]
+    predicts = (place >= prompts[:, None] - 1) & (place < sizes[:, None] - 1)
+    positions = np.flatnonzero(predicts)
+    counts = sizes - prompts
+    arrays = (
+        input_ids,
+        text.astype(np.int64),
+        positions,
+        input_ids.reshape(-1)[positions + 1],
+        np.repeat(np.arange(len(rows)), counts),
+        counts,
+    )
+    return Side(*map(torch.from_numpy, arrays))
+
+
+def collate(tokens, rows: Sequence[int], teacher: bool = False, pairing: str = "none", alignment=None) -> Batch:
+    """The tensors of some records, on the CPU.
+
+    Args:
+        tokens: `kdbench.data.tokens.Tokens`.
+        rows: the records; at least one.
+        teacher: whether the teacher's side is wanted.
+        pairing: "none"; "index": response tokens of one place; "byte": those that `alignment` pairs.
+        alignment: `kdbench.alignment.pairs.Alignment` of the same records, for "byte".
+    """
+    rows = [int(row) for row in rows]
+    batch = Batch(rows, side(tokens.student, rows), side(tokens.teacher, rows) if teacher else None)
+    if pairing == "none":
+        return batch
+    ours, theirs = (column.response_counts[rows] for column in (tokens.student, tokens.teacher))
+    if pairing == "index":
+        sizes = np.minimum(ours, theirs)
+        within = (_ranges(np.zeros_like(sizes), sizes),) * 2
+    else:
+        starts = alignment.starts[rows]
+        sizes = alignment.starts[np.asarray(rows) + 1] - starts
+        chosen = _ranges(starts, sizes)
+        within = (alignment.student[chosen], alignment.teacher[chosen])
+    pairs = [
+        place + np.repeat(np.cumsum(counts) - counts, sizes)
+        for place, counts in zip(within, (ours, theirs), strict=True)
+    ]
+    return Batch(rows, batch.student, batch.teacher, torch.from_numpy(np.stack(pairs, axis=1).astype(np.int64)))
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """start, start + 1, …, start + size - 1 of each range, one after the other."""
+    return np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)

@@ -1,0 +1,200 @@
+"""Answers of a model, by transformers' own generation, the same for every batch size."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdbench import files
+from kdbench.data.records import Record
+from kdbench.data.text import fit_prompts
+from kdbench.errors import UserError
+from kdbench.settings import Decoding, Text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        id: of the record.
+        prompt: the text that the model read.
+        prediction: the text that it wrote.
+        references: the reference responses.
+        tokens: tokens written, end of text included.
+        stop: "eos", or "length" where the limit cut it off.
+    """
+
+    id: str
+    prompt: str
+    prediction: str
+    references: list[str]
+    tokens: int
+    stop: str
+
+
+def generate(
+    model,
+    tokenizer,
+    records: Sequence[Record],
+    decoding: Decoding,
+    text: Text,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> list[Prediction]:
+    """Answer the prompts of some records, in their order.
+
+    An answer depends on the model, its prompt and the seed alone: sampling draws its noise from (seed, record, position), so neither the
+    batch size nor the other records matter (on a CPU in float32; elsewhere batches change the rounding of logits).
+
+    Args:
+        model: causal language model in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        records: what to answer.
+        decoding: how.
+        text: template and length of prompts; too long a prompt is cut as text and keeps its response marker.
+        seed: decode seed; greedy decoding does not read it.
+        batch_size: prompts that are answered together.
+        progress: wraps the iteration over batches.
+
+    Raises:
+        UserError: the model has too few positions for a prompt and an answer.
+    """
+    prompts = fit_prompts(records, [tokenizer], text)
+    ids = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, ids))
+    if limit is not None and longest + decoding.max_new_tokens > limit:
+        raise UserError(
+            f"the model has {limit} positions, the longest prompt {longest} tokens and evaluation.max_new_tokens is {decoding.max_new_tokens}: "
+            "lower the latter or text.max_prompt_tokens"
+        )
+    order = sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row))  # longest first: what does not fit into memory fails at once
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers: dict[int, Prediction] = {}
+    for rows in progress(batches):
+        written = _answer(model, tokenizer, [ids[row] for row in rows], [records[row].id for row in rows], decoding, seed)
+        for row, tokens in zip(rows, written, strict=True):
+            record = records[row]
+            stop = "eos" if tokens and tokens[-1] == tokenizer.eos_token_id else "length"
+            answer = tokenizer.decode(tokens, skip_special_tokens=True)
+            answers[row] = Prediction(record.id, prompts[row], answer, list(record.outputs), len(tokens), stop)
+    return [answers[row] for row in range(len(records))]
+
+
+def answers(model, tokenizer, records: Sequence[Record], *arguments) -> tuple[list[Record], int]:
+    """The records with a model's answers in the place of their references; those it left empty are dropped, and counted.
+
+    Args:
+        model, tokenizer, records, arguments: see `generate`.
+
+    Raises:
+        UserError: all answers are empty.
+    """
+    written = generate(model, tokenizer, records, *arguments)
+    kept = [
+        replace(record, outputs=(answer.prediction.strip(),))
+        for record, answer in zip(records, written, strict=True)
+        if answer.prediction.strip()
+    ]
+    if not kept:
+        raise UserError("the teacher answers none of the training prompts: its answers are empty")
+    return kept, len(records) - len(kept)
+
+
+def _answer(model, tokenizer, prompts: list[list[int]], names: list[str], decoding: Decoding, seed: int) -> list[list[int]]:
+    """New tokens of each prompt, up to and with the end of text."""
+    from transformers import GenerationConfig
+
+    end = tokenizer.eos_token_id
+    width = max(map(len, prompts))
+    padded = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    settings = GenerationConfig(  # nothing of the model's own generation_config.json
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+        eos_token_id=end,
+        pad_token_id=end,
+        use_cache=True,
+    )
+    own, model.generation_config = model.generation_config, settings
+    try:
+        with torch.no_grad():
+            output = model.generate(
+                padded, attention_mask=mask, generation_config=settings, logits_processor=_sampling(decoding, names, seed)
+            )
+    finally:
+        model.generation_config = own
+    return [_until(row, end) for row in output[:, width:].tolist()]
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _sampling(decoding: Decoding, names: list[str], seed: int):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    chain = LogitsProcessorList()
+    if decoding.temperature == 0:
+        return chain
+    chain.append(TemperatureLogitsWarper(float(decoding.temperature)))
+    if decoding.top_k:
+        chain.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        chain.append(TopPLogitsWarper(decoding.top_p))
+    chain.append(GumbelNoise(names, seed))
+    return chain
+
+
+class GumbelNoise:
+    """Makes greedy decoding sample: the argmax of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954; Maddison et al. 2014).
+
+    Each record's noise comes from a generator of its own, seeded by the decode seed and the record's name.
+
+    Args:
+        names: of the records, in the batch's order.
+        seed: decode seed.
+    """
+
+    def __init__(self, names: Sequence[str], seed: int):
+        self._generators = [torch.Generator().manual_seed(int(files.fingerprint([seed, name]), 16) >> 1) for name in names]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) with noise, float32."""
+        noise = torch.empty(scores.shape, dtype=torch.float64)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log().to(scores.device, torch.float32)
+
+
+def write_predictions(path, predictions: Sequence[Prediction]) -> None:
+    """JSONL, a line for each answer, all or nothing."""
+    files.write_text(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions))
+
+
+def read_predictions(path) -> list[Prediction]:
+    """What `write_predictions` wrote.
+
+    Raises:
+        UserError: the file is missing, empty or damaged; names the line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = [_prediction(path, number, line) for number, line in enumerate(file, 1)]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the rule `generate`") from None
+    if not found:
+        raise UserError(f"{path} is empty: delete it and run again")
+    return found
+
+
+def _prediction(path, number: int, line: str) -> Prediction:
+    try:
+        return Prediction(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{path}:{number}: no prediction ({error}): delete the file and run again") from None

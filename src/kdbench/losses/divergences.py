@@ -1,0 +1,109 @@
+"""Divergences between the next-token distributions of a teacher, p, and a student, q, of one vocabulary.
+
+All are plain functions of logits, (r, V) and (r, V) -> (r,) nats, and work in log space. The temperature divides both logits; there is
+no factor T² (the published code has none). A logit of -inf is a token of probability 0. Where KL would be infinite because of one, the
+token is left out of the sum, as the published code does; the mixtures are finite there and leave nothing out. NaN and +inf become NaN.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax with a finite number for log 0, so that 0 · log 0 and its gradient are 0; NaN stays NaN."""
+    return F.log_softmax(logits / temperature, dim=-1).clamp(min=_log_zero(logits))
+
+
+def _log_zero(of: Tensor) -> float:
+    return torch.finfo(of.dtype).min / 4
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) per row, without the tokens of q = 0."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_q == _log_zero(log_q), 0.0).sum(-1)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share · a + (1 - share) · b)."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p ‖ q) = Σ p (log p - log q) (Hinton et al. 2015, arXiv 1503.02531, with the teacher's entropy)."""
+    return _kl(_log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature))
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q ‖ p) = Σ q (log q - log p), over the whole vocabulary (the objective of MiniLLM, Gu et al. 2023, arXiv 2306.08543)."""
+    return _kl(_log_probabilities(student_logits, temperature), _log_probabilities(teacher_logits, temperature))
+
+
+def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """½ KL(p ‖ m) + ½ KL(q ‖ m), m = (p + q) / 2 (Lin 1991)."""
+    log_p, log_q = _log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature)
+    log_m = _log_mixture(log_p, log_q, 0.5)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+def skewed_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, skew_lambda: float = 0.1
+) -> Tensor:
+    """KL(p ‖ λp + (1-λ)q), 0 < λ < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+    log_p, log_q = _log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature)
+    return _kl(log_p, _log_mixture(log_p, log_q, skew_lambda))
+
+
+def skewed_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, skew_lambda: float = 0.1
+) -> Tensor:
+    """KL(q ‖ (1-λ)p + λq), 0 < λ < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+    log_p, log_q = _log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature)
+    return _kl(log_q, _log_mixture(log_q, log_p, skew_lambda))
+
+
+def adaptive_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, adaptive_alpha: float = 0.5
+) -> Tensor:
+    """w KL(p ‖ q) + (1-w) KL(q ‖ p), w = g_head / (g_head + g_tail) (Wu et al. 2024, arXiv 2404.02657).
+
+    The teacher's least likely tokens, up to a cumulative probability of `adaptive_alpha`, are the tail, the others the head; g is
+    Σ |p - q| over either. No gradient flows through w. At p = q, where w is 0/0, the divergence and its gradient are 0.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature)
+    with torch.no_grad():
+        p, order = log_p.exp().sort(dim=-1, stable=True)
+        gap = (p - log_q.exp().gather(-1, order)).abs()
+        tail = p.cumsum(-1) <= adaptive_alpha
+        weight = gap.masked_fill(tail, 0.0).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
+    return weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """½ Σ |p - q|, between 0 and 1 (f-distill, Wen et al. 2023, arXiv 2307.15190)."""
+    p, q = F.softmax(teacher_logits / temperature, dim=-1), F.softmax(student_logits / temperature, dim=-1)
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+OBJECTIVES = {
+    function.__name__: function
+    for function in (
+        forward_kl,
+        reverse_kl,
+        js_divergence,
+        skewed_forward_kl,
+        skewed_reverse_kl,
+        adaptive_kl,
+        total_variation,
+    )
+}
+
+# Which objective reads which option besides the temperature.
+OPTIONS = {
+    "skewed_forward_kl": ("skew_lambda",),
+    "skewed_reverse_kl": ("skew_lambda",),
+    "adaptive_kl": ("adaptive_alpha",),
+}

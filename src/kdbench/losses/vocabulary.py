@@ -1,0 +1,129 @@
+"""The one place where vocabulary-wide tensors are made: a few rows at a time, for every loss."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdbench.signals import Head, Terms
+
+_CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+
+RowLoss = Callable[..., dict[str, Tensor]]
+
+
+def over_vocabulary(
+    row_loss: RowLoss,
+    heads: Sequence[tuple[Tensor, Head]],
+    rows: Sequence[Tensor] = (),
+    weights: dict[str, float] | None = None,
+    diagnostics: Collection[str] = (),
+    chunk: int | None = None,
+) -> Terms:
+    """Sum a row-wise loss over rows of logits without ever holding more than `chunk` rows of them.
+
+    The gradient with respect to hidden states and head weights is computed with the loss, chunk by chunk, and only scaled in the
+    backward pass; a tensor that requires no gradient costs nothing. Values and gradients equal those of the plain formula; second
+    derivatives are refused. Products are computed in autocast's type where it is on, else in the wider type of hidden state and weight.
+
+    Args:
+        row_loss: plain function of logits (r, V_i), one per head, float32 or wider, and then of `rows` cut to the same r rows;
+            returns named losses (r,). Any gradient that it needs to stop, it detaches itself.
+        heads: pairs of hidden states (n, d_i) and the head that turns them into logits. All have the same n.
+        rows: further tensors (n, ...) to hand to `row_loss`, such as targets; no gradient flows into them.
+        weights: factor of each named loss in the total, 1 where none is given.
+        diagnostics: names among those of `row_loss` that are only counted: no part of the total.
+        chunk: rows at a time; by default as many as make 2^24 logits of the largest head.
+
+    Returns:
+        The weighted total (differentiable), the unweighted sums by name, and the diagnostics.
+    """
+    count = heads[0][0].shape[0]
+    if any(hidden.shape[0] != count for hidden, _ in heads):
+        raise ValueError(f"heads with different numbers of rows: {[hidden.shape[0] for hidden, _ in heads]}")
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS // max(head.weight.shape[0] for _, head in heads))
+    weights = (weights or {}) | dict.fromkeys(diagnostics, 0.0)
+    tensors = [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
+    names: list[str] = []
+    total, sums = _OverVocabulary.apply(row_loss, tuple(rows), weights, chunk, torch.is_grad_enabled(), names, *tensors)
+    found = dict(zip(names, sums, strict=True))
+    return Terms(
+        total,
+        {name: value for name, value in found.items() if name not in diagnostics},
+        {name: value for name, value in found.items() if name in diagnostics},
+    )
+
+
+class _OverVocabulary(torch.autograd.Function):
+    """Tensors come as hidden, weight, bias for each head; `names` is filled with the names of the losses."""
+
+    @staticmethod
+    def forward(ctx, row_loss, rows, weights, chunk, trains, names, *tensors):
+        wanted = [trains and needed for needed in ctx.needs_input_grad[6:]]
+        device = tensors[0].device
+        compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        with torch.autocast(device.type, enabled=False):
+            heads = [_Projection(*tensors[i : i + 3], *wanted[i : i + 3], compute) for i in range(0, len(tensors), 3)]
+            totals = None
+            for start in range(0, max(1, tensors[0].shape[0]), chunk):
+                part = slice(start, start + chunk)
+                with torch.enable_grad():
+                    logits = [head.logits(part) for head in heads]
+                    losses = row_loss(*logits, *(row[part] for row in rows))
+                    weighted = torch.stack([weights.get(name, 1.0) * loss.sum() for name, loss in losses.items()]).sum()
+                trained = [index for index, head in enumerate(heads) if head.trains]
+                if trained and weighted.requires_grad:
+                    gradients = torch.autograd.grad(weighted, [logits[index] for index in trained], allow_unused=True)
+                    for index, gradient in zip(trained, gradients, strict=True):
+                        if gradient is not None:
+                            heads[index].collect(part, gradient)
+                found = torch.stack([loss.detach().sum() for loss in losses.values()])
+                totals = found if totals is None else totals + found
+        names[:] = losses
+        factors = torch.tensor([weights.get(name, 1.0) for name in names], dtype=totals.dtype, device=device)
+        ctx.gradients = [gradient for head in heads for gradient in head.gradients()]
+        ctx.mark_non_differentiable(totals)
+        return (factors * totals).sum(), totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _):
+        scaled = [None if gradient is None else gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients]
+        return None, None, None, None, None, None, *scaled
+
+
+class _Projection:
+    """One head over its rows: logits of a chunk, and the gradients that come back, accumulated in float32 or wider."""
+
+    def __init__(self, hidden, weight, bias, train_hidden, train_weight, train_bias, compute):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.compute = compute or torch.promote_types(hidden.dtype, weight.dtype)
+        self.matrix = weight.to(self.compute)
+        self.wide = wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.trains = train_hidden or train_weight or train_bias
+        self.to_hidden = torch.zeros_like(hidden) if train_hidden else None
+        self.to_weight = torch.zeros_like(weight, dtype=wide) if train_weight else None
+        self.to_bias = torch.zeros_like(bias, dtype=wide) if train_bias else None
+
+    def logits(self, part: slice) -> Tensor:
+        with torch.no_grad():
+            logits = (self.hidden[part].to(self.compute) @ self.matrix.T).to(self.wide)
+            if self.bias is not None:
+                logits += self.bias
+        return logits.requires_grad_(self.trains)
+
+    def collect(self, part: slice, gradient: Tensor) -> None:
+        narrow = gradient.to(self.compute)
+        if self.to_hidden is not None:
+            self.to_hidden[part] = narrow @ self.matrix
+        if self.to_weight is not None:
+            self.to_weight += narrow.T @ self.hidden[part].to(self.compute)
+        if self.to_bias is not None:
+            self.to_bias += gradient.sum(0)
+
+    def gradients(self):
+        to_weight = None if self.to_weight is None else self.to_weight.to(self.weight.dtype)
+        to_bias = None if self.to_bias is None else self.to_bias.to(self.bias.dtype)
+        return self.to_hidden, to_weight, to_bias

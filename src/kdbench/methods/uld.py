@@ -1,0 +1,56 @@
+"""Universal logit distillation: across tokenizers, by the shape of the distributions alone."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.uld import sorted_l1
+from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.methods.base import Method, MethodSettings, Needs, require_signal
+from kdbench.settings import Float
+from kdbench.signals import Signal, Step, Terms
+
+
+class UldSettings(MethodSettings):
+    """Constants of the scripts of MCW-KD; the paper's kd_rate is 1.5, on a mean over tokens."""
+
+    ce_rate: Annotated[Float, Field(ge=0)] = Field(1.0, description="weight of the cross entropy with the reference")
+    kd_rate: Annotated[Float, Field(ge=0)] = Field(
+        1.0, description="weight of the distance between sorted distributions"
+    )
+    alignment: Literal["index", "byte"] = Field(
+        "index",
+        description="which response tokens are compared: the k-th with the k-th (published), or those that cover the same bytes",
+    )
+
+
+class Uld(Method):
+    """ce_rate · CE(z_s, y) + kd_rate · Σ over pairs of sorted L1 (Boizard et al. 2024, arXiv 2402.12030)."""
+
+    version = 1
+    across_tokenizers = True
+    Settings = UldSettings
+
+    @classmethod
+    def needs(cls, settings: UldSettings) -> Needs:
+        return Needs(teacher="signal", alignment=settings.alignment)
+
+    def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
+        require_signal("uld", teacher)
+        if step.pairs is None:
+            raise ValueError("method uld asks for pairs of rows and got none")
+        ours, theirs = step.pairs.unbind(1)
+        sizes = student.head.size, teacher.head.size
+        reference = over_vocabulary(
+            lambda logits, targets: {"ce": cross_entropy(logits, targets)},
+            [(student.rows.hidden, student.head)],
+            [student.rows.targets],
+            weights={"ce": self.settings.ce_rate},
+        )
+        distance = over_vocabulary(
+            lambda z_s, z_t: {"uld": sorted_l1(z_s[:, : sizes[0]], z_t[:, : sizes[1]])},
+            [(student.rows.hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher.head.detach())],
+            weights={"uld": self.settings.kd_rate},
+        )
+        return reference + distance

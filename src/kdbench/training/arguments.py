@@ -1,0 +1,50 @@
+"""The options that the training scripts share, and the job that follows from them."""
+
+import argparse
+from pathlib import Path
+
+from kdbench import files
+from kdbench.data.tokens import Tokens
+from kdbench.settings import Hardware, Training
+from kdbench.training.job import Job
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of every training."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--config", required=True, metavar="FILE", help="config.json with the identity of the run")
+    options.add_argument("--seed", type=int, help="training seed; by default the one in the config")
+    options.add_argument("--model", required=True, metavar="FOLDER", help="the model to train")
+    options.add_argument("--train", required=True, metavar="FOLDER", help="tokens of the training records")
+    options.add_argument("--dev", required=True, metavar="FOLDER", help="tokens of the records of the dev loss")
+    options.add_argument("--hardware", default="{}", metavar="JSON", help="`hardware` of the configuration")
+    options.add_argument(
+        "--output", required=True, metavar="MANIFEST", help="manifest.json in the `model` folder of the run to make"
+    )
+    return options
+
+
+def job(options: argparse.Namespace, **more) -> Job:
+    """The training that the options ask for; `more` adds what only distillation has.
+
+    Raises:
+        UserError: an input is missing or damaged.
+    """
+    identity = files.read_json(options.config)
+    manifest = files.read_manifest(options.model, "model")
+    for tokens in (options.train, options.dev):
+        files.read_manifest(tokens, "tokens")
+    return Job(
+        output=files.folder_of(options.output).parent,
+        identity=identity,
+        seed=identity["seed"] if options.seed is None else options.seed,
+        training=Training.model_validate(identity["training"]),
+        hardware=Hardware.model_validate_json(options.hardware),
+        student=Path(files.folder_of(options.model)),
+        train=Tokens.load(files.folder_of(options.train)),
+        dev=Tokens.load(files.folder_of(options.dev)),
+        method=identity["method"]["name"],
+        method_settings=identity["method"]["settings"],
+        trust_remote_code=manifest.get("trust_remote_code", False),
+        **more,
+    )

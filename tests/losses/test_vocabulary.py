@@ -1,0 +1,197 @@
+"""The vocabulary kernel: numbers of the plain formula, memory of a chunk."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdbench.losses.cross_entropy import correct, cross_entropy
+from kdbench.losses.divergences import forward_kl
+from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.signals import Head
+
+
+class NewTensors(TorchDispatchMode):
+    """Records the number of elements of every tensor that an operation allocates, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for result in results if isinstance(results, tuple | list) else [results]:
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+                self.sizes.append(result.numel())
+        return results
+
+
+def _problem(n=11, vocabulary=23, width=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    student = random(n, width), Head(random(vocabulary, width), vocabulary, random(vocabulary))
+    teacher = random(n, width + 2), Head(random(vocabulary, width + 2), vocabulary)
+    return student, teacher, torch.randint(vocabulary, (n,), generator=generator)
+
+
+def _row_loss(z_s, z_t, targets):
+    return {"ce": cross_entropy(z_s, targets), "kd": forward_kl(z_s, z_t, 2.0)}
+
+
+WEIGHTS = {"ce": 0.3, "kd": 1.7}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 100])
+def test_values_and_all_gradients_equal_the_plain_formula(chunk):
+    (h_s, head_s), (h_t, head_t), targets = _problem()
+    leaves = [h_s, head_s.weight, head_s.bias, h_t, head_t.weight]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    terms = over_vocabulary(_row_loss, [(h_s, head_s), (h_t, head_t)], [targets], WEIGHTS, chunk=chunk)
+    ours = torch.autograd.grad(2.5 * terms.total, leaves)
+    plain = {
+        name: values.sum()
+        for name, values in _row_loss(h_s @ head_s.weight.T + head_s.bias, h_t @ head_t.weight.T, targets).items()
+    }
+    total = sum(WEIGHTS[name] * value for name, value in plain.items())
+    torch.testing.assert_close(terms.total, total, rtol=1e-12, atol=0)
+    assert terms.sums.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(terms.sums[name], value.detach(), rtol=1e-12, atol=0)
+        assert not terms.sums[name].requires_grad
+    for gradient, expected in zip(ours, torch.autograd.grad(2.5 * total, leaves), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk):
+    (h_s, head_s), (h_t, head_t), targets = _problem(n=40, vocabulary=1000, width=2)
+    h_s.requires_grad_()
+    seen = []
+
+    def row_loss(z_s, z_t, targets):
+        seen.extend([tuple(z_s.shape), tuple(z_t.shape)])
+        return _row_loss(z_s, z_t, targets)
+
+    with NewTensors() as made:
+        over_vocabulary(row_loss, [(h_s, head_s), (h_t, head_t)], [targets], chunk=chunk).total.backward()
+    assert all(rows <= chunk and size == 1000 for rows, size in seen)
+    assert sum(rows for rows, _ in seen) == 2 * 40
+    assert max(made.sizes) == chunk * 1000
+
+
+def test_default_chunk_bounds_the_logits(monkeypatch):
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", 7 * 23)
+    seen = []
+    (h_s, head_s), _, targets = _problem()
+    over_vocabulary(lambda z, y: seen.append(len(z)) or {"ce": cross_entropy(z, y)}, [(h_s, head_s)], [targets])
+    assert seen == [7, 4]
+
+
+def _sizes_made(trains_head, grad=True):
+    (h_s, head_s), _, targets = _problem(n=6, vocabulary=50, width=30)
+    h_s.requires_grad_()
+    head_s.weight.requires_grad_(trains_head)
+    with torch.set_grad_enabled(grad), NewTensors() as made:
+        terms = over_vocabulary(lambda z, y: {"ce": cross_entropy(z, y)}, [(h_s, head_s)], [targets], chunk=2)
+        if grad:
+            terms.total.backward()
+    return made.sizes
+
+
+def test_a_frozen_head_costs_no_gradient():
+    assert 50 * 30 in _sizes_made(trains_head=True)
+    assert 50 * 30 not in _sizes_made(trains_head=False)
+
+
+def test_without_gradients_none_is_computed():
+    sizes = _sizes_made(trains_head=True, grad=False)
+    assert 50 * 30 not in sizes
+    assert 6 * 30 not in sizes
+
+
+def test_gradients_of_bfloat16_are_summed_in_float32():
+    """2,048 equal contributions: a sum in bfloat16 stands still after the 256th."""
+    n, width, vocabulary = 2048, 4, 8
+    hidden = torch.ones(n, width, dtype=torch.bfloat16)
+    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
+    terms = over_vocabulary(
+        lambda z, y: {"ce": cross_entropy(z, y)},
+        [(hidden, Head(weight, vocabulary))],
+        [torch.zeros(n, dtype=torch.long)],
+        chunk=1,
+    )
+    terms.total.backward()
+    assert terms.total.dtype == torch.float32
+    expected = torch.full((vocabulary, width), n / vocabulary)
+    expected[0] = n / vocabulary - n
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=4e-3, atol=0)
+
+
+def test_autocast_multiplies_in_its_own_type_and_hands_float32_to_the_loss():
+    (h_s, head_s), _, targets = _problem(dtype=torch.float32)
+    leaves = [h_s.requires_grad_(), head_s.weight.requires_grad_()]
+    dtypes = []
+
+    def row_loss(z, targets):
+        dtypes.append(z.dtype)
+        return {"ce": cross_entropy(z, targets)}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = over_vocabulary(row_loss, [(h_s, head_s)], [targets]).total
+    wide = over_vocabulary(row_loss, [(h_s, head_s)], [targets]).total
+    assert dtypes == [torch.float32, torch.float32]
+    assert narrow != wide
+    torch.testing.assert_close(narrow, wide, rtol=1e-2, atol=0)
+    for got, expected in zip(torch.autograd.grad(narrow, leaves), torch.autograd.grad(wide, leaves), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
+def test_states_of_bfloat16_meet_a_float32_head_in_float32():
+    (h_s, head_s), _, targets = _problem(dtype=torch.float32)
+    narrow = h_s.bfloat16()
+    ours = over_vocabulary(lambda z, y: {"ce": cross_entropy(z, y)}, [(narrow, head_s)], [targets]).total
+    plain = cross_entropy(narrow.float() @ head_s.weight.T + head_s.bias, targets).sum()
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+
+
+def test_diagnostics_are_counted_and_no_part_of_the_loss():
+    (h_s, head_s), _, targets = _problem()
+
+    def row_loss(z, targets):
+        return {"ce": cross_entropy(z, targets), "correct": correct(z, targets)}
+
+    terms = over_vocabulary(row_loss, [(h_s, head_s)], [targets], diagnostics=["correct"], chunk=2)
+    assert terms.sums.keys() == {"ce"}
+    torch.testing.assert_close(terms.total, terms.sums["ce"])
+    logits = h_s @ head_s.weight.T + head_s.bias
+    assert terms.diagnostics["correct"].item() == (logits.argmax(-1) == targets).sum()
+
+
+def test_no_rows_give_a_loss_of_zero():
+    (h_s, head_s), (h_t, head_t), targets = _problem(n=0)
+    h_s.requires_grad_()
+    head_s.weight.requires_grad_()
+    terms = over_vocabulary(_row_loss, [(h_s, head_s), (h_t, head_t)], [targets])
+    terms.total.backward()
+    assert terms.total.item() == 0
+    assert not head_s.weight.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    (h_s, head_s), _, targets = _problem()
+    h_s.requires_grad_()
+    total = over_vocabulary(lambda z, y: {"ce": cross_entropy(z, y)}, [(h_s, head_s)], [targets]).total
+    (gradient,) = torch.autograd.grad(total**2, h_s, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_heads_of_different_lengths_are_refused():
+    (h_s, head_s), (h_t, head_t), targets = _problem()
+    with pytest.raises(ValueError, match=r"\[11, 10\]"):
+        over_vocabulary(_row_loss, [(h_s, head_s), (h_t[1:], head_t)], [targets])

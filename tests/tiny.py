@@ -1,0 +1,64 @@
+"""Small real models and random token sequences."""
+
+import numpy as np
+import torch
+
+from kdbench.data.batches import Side
+from kdbench.data.tokens import TokenSide
+
+
+def gpt2(vocabulary: int = 40, width: int = 16, seed: int = 0):
+    """A GPT2 of two layers (tied head, learned positions) without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def qwen2(vocabulary: int = 40, width: int = 24, seed: int = 1):
+    """A Qwen2 of two layers (own head, rotary positions)."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+def tokens(vocabulary: int, lengths=((3, 5), (7, 2), (2, 9), (5, 1), (4, 4)), seed: int = 2) -> TokenSide:
+    """One side of a tokenised data set: random sequences with (prompt, response) lengths; tokens of one byte."""
+    generator = np.random.default_rng(seed)
+    sequences = [generator.integers(1, vocabulary, prompt + response) for prompt, response in lengths]
+    return TokenSide(
+        ids=np.concatenate(sequences).astype(np.int32),
+        starts=np.cumsum([0, *map(len, sequences)]),
+        prompt_lengths=np.array([prompt for prompt, _ in lengths], np.int32),
+        ends=np.concatenate([np.arange(1, response + 1) for _, response in lengths]).astype(np.int32),
+    )
+
+
+def side(data, rows, extra_padding: int = 0, padding_id: int = 0) -> Side:
+    """The tensors of some records, written position by position."""
+    width = max(int(data.starts[row + 1] - data.starts[row]) for row in rows) + extra_padding
+    input_ids = torch.full((len(rows), width), padding_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    positions, targets, sequence = [], [], []
+    for i, row in enumerate(rows):
+        ids = data.ids[data.starts[row] : data.starts[row + 1]]
+        for position, token in enumerate(ids.tolist()):
+            input_ids[i, position], mask[i, position] = token, 1
+            if position >= data.prompt_lengths[row]:
+                positions.append(i * width + position - 1)
+                targets.append(token)
+                sequence.append(i)
+    sequence = torch.tensor(sequence)
+    return Side(
+        input_ids, mask, torch.tensor(positions), torch.tensor(targets), sequence, torch.bincount(sequence, minlength=len(rows))
+    )  # fmt: skip

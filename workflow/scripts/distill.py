@@ -1,0 +1,25 @@
+"""Train a student by a method that reads its teacher's hidden states, from their cache or from the running teacher."""
+
+from kdbench import cli, files, teacher
+from kdbench.alignment.pairs import Alignment
+from kdbench.settings import Hardware
+from kdbench.training import arguments
+from kdbench.training.run import train
+
+
+def main():
+    parser = arguments.parser(__doc__)
+    parser.add_argument("--teacher", required=True, metavar="FOLDER", help="the teacher")
+    parser.add_argument("--teacher-cache", metavar="FOLDER", help="its cached states of the training records; without, it runs in every step")
+    parser.add_argument("--alignment", metavar="FOLDER", help="pairs of the training records' tokens, for methods that pair by bytes")
+    options = parser.parse_args()
+    tokens = files.read_manifest(options.train, "tokens")
+    if options.teacher_cache:
+        factory, shape = teacher.from_cache(options.teacher_cache, options.teacher, tokens["fingerprint"])
+    else:
+        factory, shape = teacher.from_model(options.teacher, Hardware.model_validate_json(options.hardware))
+    pairs = Alignment.load(options.alignment, expected_tokens=tokens["fingerprint"]) if options.alignment else None
+    train(arguments.job(options, teacher=factory, teacher_shape=shape, alignment=pairs))
+
+
+cli.run(main)
