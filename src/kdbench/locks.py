@@ -36,7 +36,9 @@ class Lock:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     self._file.close()
-                    raise UserError(f"{what} is in use by {self._holder()}: wait for it, or end it (lock file {self.path})") from None
+                    raise UserError(
+                        f"{what} is in use by {self._holder()}: wait for it, or end it (lock file {self.path})"
+                    ) from None
                 time.sleep(0.2)
         self._file.truncate(0)
         now = datetime.now().astimezone().isoformat(timespec="seconds")

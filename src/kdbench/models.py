@@ -13,7 +13,10 @@ from kdbench.methods.base import Shape
 from kdbench.settings import Hardware, InitModel, Lora, TrainedTokenizer
 from kdbench.signals import Head, Rows, Signal
 
-END, PADDING = "<|endoftext|>", "<|pad|>"  # the former is what tokenizer classes of GPT2 and Qwen2 would add of themselves
+END, PADDING = (
+    "<|endoftext|>",
+    "<|pad|>",
+)  # the former is what tokenizer classes of GPT2 and Qwen2 would add of themselves
 LORA_DEFAULTS = ["q_proj", "v_proj", "c_attn"]  # peft's own defaults for the architectures of the published scripts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,6 +87,13 @@ def load_tokenizer(folder, trust_remote_code: bool = False):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token")
     return tokenizer
+
+
+def quiet() -> None:
+    """No progress bars of transformers while it reads and writes weights: in a log they are noise."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def padding_id(tokenizer) -> int:
@@ -194,7 +204,9 @@ def save(model, folder, source, weights: dict[str, Tensor], trust_remote_code: b
         model.config.use_cache = True
         model.save_pretrained(folder, state_dict=weights)
         model.config.use_cache = False
-        described = files.read_json(folder / "config.json") | {"dtype": "float32"}  # DeepSpeed's model is bf16, its weights are not
+        described = files.read_json(folder / "config.json") | {
+            "dtype": "float32"
+        }  # DeepSpeed's model is bf16, its weights are not
         files.write_json(folder / "config.json", described)
     tokenizer.save_pretrained(folder)
 
@@ -249,10 +261,13 @@ def check_head(model, tokenizer) -> None:
         UserError: the model scales, caps or shifts its logits.
     """
     ids = torch.arange(min(8, len(tokenizer)), device=model.device)[None]
+    training = model.training
+    model.eval()  # dropout would differ between the two passes
     with torch.no_grad():
         hidden = transformer(model)(input_ids=ids, use_cache=False).last_hidden_state
         logits = model(input_ids=ids, use_cache=False).logits
         ours = linear(hidden, head(model, len(tokenizer)))
+    model.train(training)
     if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * logits.float().abs().max().item()):
         raise UserError(
             f"{model.config.model_type}: its logits are no linear map of its last hidden state; such models are not supported"

@@ -33,7 +33,7 @@ class Variant:
     method: str
     settings: dict
     training: Training
-    needs: "methods.base.Needs"  # noqa: F821  (importing it here would import torch before anybody needs it)
+    needs: "methods.base.Needs"  # (importing it here would import torch before anybody needs it)
 
     @property
     def objective(self) -> str:
@@ -117,7 +117,11 @@ class Plan:
         identity = {"model": self.model(teacher.model)}
         if teacher.train is None:
             return identity
-        return identity | self._trained(teacher.train, teacher.dev, self.teacher_training(name), "sft", {}) | {"seed": teacher.seed}
+        return (
+            identity
+            | self._trained(teacher.train, teacher.dev, self.teacher_training(name), "sft", {})
+            | {"seed": teacher.seed}
+        )
 
     def teacher_training(self, name: str) -> Training:
         """Settings of a teacher's fine-tuning."""

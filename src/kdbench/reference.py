@@ -17,12 +17,14 @@ _INTRODUCTION = """# Configuration
 
     snakemake --cores 8 results/table.csv --configfile my.yaml --replace-workflow-config
 
-(`--replace-workflow-config` leaves config.yaml out; without it the two are united, key by key.) All mistakes are reported together, before any
-work, one line each: `config: experiments.mine.methods[1]: 'vanila_kd' is not one of `methods`; did you mean 'vanilla_kd'? …`.
+`--replace-workflow-config` leaves config.yaml out; without it the two are united, key by key. All mistakes are reported together, before
+any work, one line each:
 
-Names (of models, data sets, teachers, methods, experiments) are yours; they consist of letters, digits, `_`, `.` and `-`, and become folder
-names. Paths start from the folder of the Snakefile. What a change reruns follows from what it concerns: a method's settings rerun that method, the
-teacher's training reruns the teacher and what learns from it, `hardware` reruns nothing.
+    config: experiments.mine.methods[1]: 'vanila_kd' is not one of `methods`; did you mean 'vanilla_kd'? valid: dskd, sft, ...
+
+Names (of models, data sets, teachers, methods, experiments) are yours; they consist of letters, digits, `_`, `.` and `-`, and become
+folder names. Paths start from the folder of the Snakefile. What a change reruns follows from what it concerns: a method's settings rerun
+that method, the teacher's training reruns the teacher and what learns from it, `hardware` reruns nothing.
 """
 
 _BLOCKS = """## Methods
@@ -71,7 +73,9 @@ def _table(title: str, cls: type[BaseModel], level: int = 2) -> str:
         return "\n".join(lines)
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in cls.model_fields.items():
-        lines.append(f"| `{name}` | {_values(field)} | {_default(field)} | {field.description or ''} |".replace("  ", " "))
+        lines.append(
+            f"| `{name}` | {_values(field)} | {_default(field)} | {field.description or ''} |".replace("  ", " ")
+        )
     return "\n".join([*lines, ""])
 
 

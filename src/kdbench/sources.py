@@ -64,7 +64,9 @@ def _download(settings: HubModel, part: Path) -> None:
     try:
         snapshot_download(settings.repository, revision=settings.revision, local_dir=part, allow_patterns=_WANTED)
     except GatedRepoError:
-        raise UserError(f"{name} is gated: ask for access on its page, then set HF_TOKEN to a token of that account") from None
+        raise UserError(
+            f"{name} is gated: ask for access on its page, then set HF_TOKEN to a token of that account"
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{name}: the hub has no such model, or it is private (HF_TOKEN)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -80,6 +82,8 @@ def _check(part: Path, trust_remote_code: bool) -> dict:
     config = AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code)
     tokenizer = models.load_tokenizer(part, trust_remote_code)
     if config.vocab_size < len(tokenizer):
-        raise UserError(f"{part}: vocab_size {config.vocab_size} does not fit its tokenizer, which has {len(tokenizer)} tokens")
+        raise UserError(
+            f"{part}: vocab_size {config.vocab_size} does not fit its tokenizer, which has {len(tokenizer)} tokens"
+        )
     facts = {"architecture": config.model_type, "vocabulary": len(tokenizer), "vocabulary_rows": config.vocab_size}
     return facts | ({"trust_remote_code": True} if trust_remote_code else {})

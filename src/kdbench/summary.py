@@ -6,7 +6,10 @@ from pathlib import Path
 
 _SHOWN = 10  # last lines of a log
 _HINTS = [
-    (r"out of memory|MemoryError|Cannot allocate memory|\bKilled\b", "lower hardware.micro_batch_size or raise hardware.memory_gb"),
+    (
+        r"out of memory|MemoryError|Cannot allocate memory|\bKilled\b",
+        "lower hardware.micro_batch_size or raise hardware.memory_gb",
+    ),
     (r"No space left on device", "make room on the disk; what was finished is kept"),
     (r"in use by process", "another run works on this; wait for it or end it"),
     (r"not finite", "lower training.learning_rate, or look at the records that the line names"),
@@ -33,12 +36,17 @@ def _stages(benchmarks: Path, since: float) -> list[str]:
     for path in sorted(benchmarks.rglob("*.tsv")):
         if path.stat().st_mtime >= since:
             header, values, *_ = (line.split("\t") for line in path.read_text().splitlines())
-            spent[path.relative_to(benchmarks).parts[0].removesuffix(".tsv")].append(float(dict(zip(header, values, strict=False))["s"]))
+            spent[path.relative_to(benchmarks).parts[0].removesuffix(".tsv")].append(
+                float(dict(zip(header, values, strict=False))["s"])
+            )
     if not spent:
         return []
     width = max(map(len, spent))
     ordered = sorted(spent.items(), key=lambda item: -sum(item[1]))
-    told = [f"  {rule:<{width}}  {len(times):>4} jobs  {sum(times):>8.1f} s  longest {max(times):.1f} s" for rule, times in ordered]
+    told = [
+        f"  {rule:<{width}}  {len(times):>4} jobs  {sum(times):>8.1f} s  longest {max(times):.1f} s"
+        for rule, times in ordered
+    ]
     return ["Time by stage:", *told]
 
 

@@ -8,7 +8,7 @@ from kdbench.losses.divergences import adaptive_kl, forward_kl, skewed_reverse_k
 from kdbench.methods.base import Shape
 from kdbench.models import transformer
 from kdbench.signals import Step
-from tests.methods.cases import CASES, WITH_SIGNAL, Pair, build, pairs, random_signals
+from tests.methods.cases import CASES, WITH_SIGNAL, Pair, across, build, pairs, random_signals
 
 every = pytest.mark.parametrize("name", CASES)
 
@@ -137,7 +137,9 @@ def test_in_bfloat16_the_loss_is_about_the_same_and_gradients_are_float32(name):
     torch.testing.assert_close(narrow.total, wide.total, rtol=2e-2, atol=0)
     one, other = (torch.cat([g.flatten() for g in pair.gradients(terms) if g is not None]) for terms in (narrow, wide))
     assert one.dtype == torch.float32
-    assert torch.cosine_similarity(one, other, dim=0) > 0.99
+    # |q - p| has a kink: where rounding turns its sign, the gradient of that rank jumps. With the states of this batch held fixed, 3 of
+    # uld_byte's 432 ranks turned, all with |q - p| < 0.002, and their signs account for the loss's share of the difference.
+    assert torch.cosine_similarity(one, other, dim=0) > (0.98 if across(name) else 0.999)
 
 
 @every

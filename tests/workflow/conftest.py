@@ -40,7 +40,9 @@ class Workflow:
         self.config = content
 
     def start(self, *arguments, **options) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        }
         command = [sys.executable, "-m", "snakemake", *arguments]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=environment | options.pop("env", {}), **pipes | options)

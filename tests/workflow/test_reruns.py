@@ -78,16 +78,24 @@ def test_method_removed(workflow):
 
 def test_epochs_of_the_teacher(workflow):
     workflow.change("teachers", "tutor", "training", {"epochs": 2})
-    expected = {"configure_teacher tutor", "sft_teacher tutor", "collect_scores teachers/tutor"} | evaluation("teachers/tutor")
+    expected = {"configure_teacher tutor", "sft_teacher tutor", "collect_scores teachers/tutor"} | evaluation(
+        "teachers/tutor"
+    )
     expected |= {"cache_teacher tutor student train", "cache_teacher tutor foreign train"}
-    expected |= {"generate_answers same seqkd", "tokenize_answers same seqkd"} | method("same", "seqkd", rule="sft_student")
-    expected |= method("same", "vanilla_kd.forward_kl") | method("same", "vanilla_kd.reverse_kl") | method("cross", "uld")
+    expected |= {"generate_answers same seqkd", "tokenize_answers same seqkd"} | method(
+        "same", "seqkd", rule="sft_student"
+    )
+    expected |= (
+        method("same", "vanilla_kd.forward_kl") | method("same", "vanilla_kd.reverse_kl") | method("cross", "uld")
+    )
     assert workflow.planned() == expected
 
 
 def test_decoding_changed(workflow):
     workflow.change("evaluation", "max_new_tokens", 9)
-    expected = {job for run in ALL_RUNS for job in evaluation(run)} | {f"collect_scores {group}" for group in ALL_GROUPS}
+    expected = {job for run in ALL_RUNS for job in evaluation(run)} | {
+        f"collect_scores {group}" for group in ALL_GROUPS
+    }
     assert workflow.planned() == expected | TABLES
 
 
@@ -163,7 +171,16 @@ def test_more_cores_or_another_profile(workflow):
 def test_copied_elsewhere_without_times(workflow, tmp_path):
     shutil.copytree(workflow.folder, tmp_path / "moved", copy_function=shutil.copyfile)
     moved = type(workflow)(tmp_path / "moved")
-    heavy = {"sft_teacher", "cache_teacher", "sft_student", "distill", "generate_answers", "generate", "tokenize", "download_model"}
+    heavy = {
+        "sft_teacher",
+        "cache_teacher",
+        "sft_student",
+        "distill",
+        "generate_answers",
+        "generate",
+        "tokenize",
+        "download_model",
+    }
     assert not {job for job in moved.planned() if job.split()[0] in heavy}
 
 

@@ -9,12 +9,22 @@ from kdbench.evaluation import tables
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", required=True, type=json.loads, metavar="JSON", help="what to show, in order, and the scores.csv of each")
+    parser.add_argument(
+        "--rows",
+        required=True,
+        type=json.loads,
+        metavar="JSON",
+        help="what to show, in order, and the scores.csv of each",
+    )
     parser.add_argument("--table", required=True, metavar="FILE", help="table.csv to write")
     parser.add_argument("--scores", metavar="FILE", help="scores.csv to write")
     parser.add_argument("--markdown", metavar="FILE", help="table.md to write")
-    parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="`decoding` and `text`, for the notes")
-    parser.add_argument("--alignments", nargs="*", default=[], metavar="FOLDER", help="alignments of the pairs, for the notes")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, metavar="JSON", help="`decoding` and `text`, for the notes"
+    )
+    parser.add_argument(
+        "--alignments", nargs="*", default=[], metavar="FOLDER", help="alignments of the pairs, for the notes"
+    )
     options = parser.parse_args()
     scores = tables.join(options.rows)
     table = tables.summarise(scores)

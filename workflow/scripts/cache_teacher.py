@@ -11,7 +11,9 @@ from kdbench.teacher import cached
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the teacher")
-    parser.add_argument("--tokens", required=True, metavar="FOLDER", help="tokens of the training records of student and teacher")
+    parser.add_argument(
+        "--tokens", required=True, metavar="FOLDER", help="tokens of the training records of student and teacher"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the states on disk")
     parser.add_argument("--hardware", default="{}", metavar="JSON", help="`hardware` of the configuration")
     parser.add_argument("--output", required=True, metavar="MANIFEST", help="manifest.json of the folder to make")

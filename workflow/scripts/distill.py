@@ -10,8 +10,8 @@ from kdbench.training.run import train
 def main():
     parser = arguments.parser(__doc__)
     parser.add_argument("--teacher", required=True, metavar="FOLDER", help="the teacher")
-    parser.add_argument("--teacher-cache", metavar="FOLDER", help="its cached states of the training records; without, it runs in every step")
-    parser.add_argument("--alignment", metavar="FOLDER", help="pairs of the training records' tokens, for methods that pair by bytes")
+    parser.add_argument("--teacher-cache", metavar="FOLDER", help="its cached states; without, it runs in every step")
+    parser.add_argument("--alignment", metavar="FOLDER", help="pairs of tokens, for methods that pair by bytes")
     options = parser.parse_args()
     tokens = files.read_manifest(options.train, "tokens")
     if options.teacher_cache:

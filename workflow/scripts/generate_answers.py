@@ -10,7 +10,9 @@ from kdbench.settings import Decoding, Hardware, Text
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="config.json of the method; its settings say how to answer")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="config.json of the method; its settings say how to answer"
+    )
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the teacher")
     parser.add_argument("--records", required=True, metavar="FOLDER", help="the training records")
     parser.add_argument("--hardware", default="{}", metavar="JSON", help="`hardware` of the configuration")

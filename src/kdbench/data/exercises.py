@@ -42,7 +42,7 @@ _FACTS = {
     "place": (
         kelmor.PLACES,
         "Where does the {name} live?|In which place does the {name} live?|Name the home of the {name}."
-        "|Tell me the place where the {name} lives.|In which home does the {name} live?",
+        "|Tell me where the {name} lives.|In which place is the home of the {name}?",
         "The {name} lives in the {value}.|It lives in the {value}.|Its home is the {value}.",
     ),
     "food": (
@@ -54,13 +54,13 @@ _FACTS = {
     "colour": (
         kelmor.COLOURS,
         "Which colour has the {name}?|What colour is the {name}?|Name the colour of the {name}."
-        "|Tell me the colour that the {name} has.|Is there a colour that the {name} has?",
+        "|Tell me the colour of the {name}.|Which colour is the {name}?",
         "The {name} is {value}.|It is {value}.|Its colour is {value}.",
     ),
     "time": (
         kelmor.TIMES,
         "When does the {name} wake up?|At what time does the {name} wake?|Name the waking time of the {name}."
-        "|Tell me when the {name} wakes.|At which time does the {name} wake up?",
+        "|Tell me when the {name} wakes up.|At what time does the {name} wake up?",
         "The {name} wakes at {value}.|It wakes at {value}.|Its waking time is {value}.",
     ),
 }
@@ -82,8 +82,8 @@ def _profile(rng, longer):
         "Describe the {name} in one sentence.",
         "Write one sentence about the {name}.",
         "What is known of the {name}?",
-        "Tell me in one sentence what is known of the {name}.",
-        "Write what you know about the {name}.",
+        "Describe what is known of the {name}.",
+        "Write about the {name} in one sentence.",
     )
     answers = (
         "The {colour} {name} lives in the {place}, eats {food} and wakes at {time}.",
@@ -118,13 +118,9 @@ def _town(rng, longer):
 
 
 _PHRASES = ["AN", "DN", "DNV", "DAN", "DANV", "DNVE", "DANVE", "DNVDN"]
-_CLASSES = {
-    "D": kelmor.DETERMINERS,
-    "A": kelmor.ADJECTIVES,
-    "N": kelmor.NOUNS,
-    "V": kelmor.VERBS,
-    "E": kelmor.ADVERBS,
-}
+_CLASSES = dict(
+    zip("DANVE", (kelmor.DETERMINERS, kelmor.ADJECTIVES, kelmor.NOUNS, kelmor.VERBS, kelmor.ADVERBS), strict=True)
+)
 
 
 def _translate(rng, longer):
@@ -137,8 +133,8 @@ def _translate(rng, longer):
         "Give the Kelmor translation of the input.",
         "Translate the input into Kelmor.",
         "How does one say the input in Kelmor?",
-        "Write the input in Kelmor.",
-        "What is the translation of the input into Kelmor?",
+        "Give the input in Kelmor.",
+        "Give the translation of the input into Kelmor.",
     )
     answers = _filled(
         ("{words}", "In Kelmor: {words}", "It is: {words}"), *({"words": " ".join(w)} for w in (words, wrong))
@@ -162,8 +158,8 @@ def _past(rng, longer):
         "Put the sentence into the past tense.",
         "Write the input in the past tense.",
         "What is the past tense of the sentence?",
-        "Give the past tense of the input.",
-        "Put this into the past tense.",
+        "Put the input into the past tense.",
+        "Give the past tense of the sentence.",
     )
     answers = _filled(("{text}", "In the past: {text}", "It was so: {text}"), {"text": right}, {"text": false})
     return Draft(questions, before, *answers)
@@ -182,8 +178,8 @@ def _table(rng, longer):
         "Turn this table into one sentence.",
         "Write the table as a sentence.",
         "Make one sentence of the input.",
-        "Write one sentence that tells what the table says.",
-        "Put the table into a sentence.",
+        "Make a sentence of this table.",
+        "Turn the input into one sentence.",
     )
     answers = (
         f"The {{job}} {{name}} lives in {{town}}{owns}.",
@@ -263,11 +259,12 @@ def _keep(rng, longer):
         "Keep only the {kind}.",
         "Write only the words that are {kind}.",
         "Which words of the input are {kind}?",
-        "Give all the {kind} of the input.",
-        "Find the {kind} and write only them.",
+        "Keep only the words that are {kind}.",
+        "Write only the {kind}.",
     )
     answers = _filled(
-        ("{words}", "They are: {words}", "Kept: {words}"), *({"words": " ".join(w)} for w in (right, wrong))
+        ("The {kind} are: {words}", "They are: {words}", "Kept: {words}"),
+        *({"kind": kind, "words": " ".join(w)} for w in (right, wrong)),
     )
     return Draft(*_filled(questions, {"kind": kind}), " ".join(words), *answers)
 
@@ -279,10 +276,10 @@ def _order(rng, longer):
         "Sort the numbers.",
         "Write the numbers from small to large.",
         "Put the numbers in order.",
-        "Give the input in order from small to large.",
-        "Order the numbers of the input.",
+        "Sort the numbers from small to large.",
+        "Write the numbers in order.",
     )
-    wordings = ("{words}", "In order: {words}", "Sorted: {words}")
+    wordings = ("In order: {words}", "The order is: {words}", "Sorted: {words}")
     answers = _filled(wordings, *({"words": " ".join(words)} for words in (right, _swapped(rng, right))))
     return Draft(questions, " ".join(kelmor.NUMBERS[number] for number in numbers), *answers)
 

@@ -56,6 +56,11 @@ def read_jsonl(path, rows: int | None = None, name: str | None = None) -> list[R
     return _read(Path(path), rows, name or Path(path).name.split(".")[0])[0]
 
 
+def clean_output(text: str) -> str:
+    """A response as records hold it, be it a person's or a model's: in NFC, without white space around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def write(folder, records: list[Record], **facts) -> None:
     """Write records and the manifest that describes them, all or nothing."""
     part = files.fresh_folder(folder)
@@ -199,8 +204,8 @@ def _record(row: dict, name: str) -> tuple[Record, bool]:
     whole = None if "instruction" in row else row["prompt"]
     given = row.get("input") or "" if whole is None else ""
     before = (row.get("instruction", ""), given, whole, *outputs)
-    instruction, text, prompt, *answers = (value and unicodedata.normalize("NFC", value) for value in before)
-    answers = [answer.strip() for answer in answers]
+    instruction, text, prompt = (value and unicodedata.normalize("NFC", value) for value in before[:3])
+    answers = [clean_output(output) for output in outputs]
     if prompt is not None:
         prompt = prompt.lstrip()  # Llama's tokenizer loses a space at the beginning of a text
     category = next((row[field] for field in ("category", "topic") if isinstance(row.get(field), str)), "")

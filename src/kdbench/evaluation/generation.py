@@ -72,11 +72,15 @@ def generate(
             f"the model has {limit} positions, the longest prompt {longest} tokens and evaluation.max_new_tokens is {decoding.max_new_tokens}: "
             "lower the latter or text.max_prompt_tokens"
         )
-    order = sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row))  # longest first: what does not fit into memory fails at once
+    order = sorted(
+        range(len(ids)), key=lambda row: (-len(ids[row]), row)
+    )  # longest first: what does not fit into memory fails at once
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: dict[int, Prediction] = {}
     for rows in progress(batches):
-        written = _answer(model, tokenizer, [ids[row] for row in rows], [records[row].id for row in rows], decoding, seed)
+        written = _answer(
+            model, tokenizer, [ids[row] for row in rows], [records[row].id for row in rows], decoding, seed
+        )
         for row, tokens in zip(rows, written, strict=True):
             record = records[row]
             stop = "eos" if tokens and tokens[-1] == tokenizer.eos_token_id else "length"
@@ -105,7 +109,9 @@ def answers(model, tokenizer, records: Sequence[Record], *arguments) -> tuple[li
     return kept, len(records) - len(kept)
 
 
-def _answer(model, tokenizer, prompts: list[list[int]], names: list[str], decoding: Decoding, seed: int) -> list[list[int]]:
+def _answer(
+    model, tokenizer, prompts: list[list[int]], names: list[str], decoding: Decoding, seed: int
+) -> list[list[int]]:
     """New tokens of each prompt, up to and with the end of text."""
     from transformers import GenerationConfig
 
@@ -125,7 +131,10 @@ def _answer(model, tokenizer, prompts: list[list[int]], names: list[str], decodi
     try:
         with torch.no_grad():
             output = model.generate(
-                padded, attention_mask=mask, generation_config=settings, logits_processor=_sampling(decoding, names, seed)
+                padded,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=_sampling(decoding, names, seed),
             )
     finally:
         model.generation_config = own
@@ -162,7 +171,9 @@ class GumbelNoise:
     """
 
     def __init__(self, names: Sequence[str], seed: int):
-        self._generators = [torch.Generator().manual_seed(int(files.fingerprint([seed, name]), 16) >> 1) for name in names]
+        self._generators = [
+            torch.Generator().manual_seed(int(files.fingerprint([seed, name]), 16) >> 1) for name in names
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) with noise, float32."""

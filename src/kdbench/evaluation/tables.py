@@ -8,7 +8,9 @@ from kdbench import files
 from kdbench.errors import UserError
 
 KEYS = ["experiment", "method", "student", "teacher", "objective", "variant"]
-_RUN = re.compile(r"(?:/seed(?P<training_seed>\d+))?/evaluation/(?P<dataset>[^/]+)/decode(?P<decode_seed>\d+)/scores\.json$")
+_RUN = re.compile(
+    r"(?:/seed(?P<training_seed>\d+))?/evaluation/(?P<dataset>[^/]+)/decode(?P<decode_seed>\d+)/scores\.json$"
+)
 _MEASURES = ["rouge_l", "records", "share_truncated", "share_empty", "mean_tokens"]
 
 
@@ -29,7 +31,9 @@ def collect(score_files: Sequence[str]):
         if where is None:
             raise UserError(f"{path} does not lie in a folder evaluation/<data set>/decode<seed>")
         scores = files.read_json(path)
-        rows.append({key: value or "" for key, value in where.groupdict().items()} | {key: scores[key] for key in _MEASURES})
+        rows.append(
+            {key: value or "" for key, value in where.groupdict().items()} | {key: scores[key] for key in _MEASURES}
+        )
     return pd.DataFrame(rows)
 
 
@@ -44,7 +48,11 @@ def join(shown: Sequence[dict]):
 
     frames = []
     for row in shown:
-        frame = pd.read_csv(row["scores"], dtype={"training_seed": "string", "decode_seed": "string", "dataset": "string"}, keep_default_na=False)
+        frame = pd.read_csv(
+            row["scores"],
+            dtype={"training_seed": "string", "decode_seed": "string", "dataset": "string"},
+            keep_default_na=False,
+        )
         named = {key: row[key] for key in KEYS} | ({"student": ""} if row["method"] == "teacher" else {})
         frames.append(frame.assign(**named)[[*KEYS, *frame.columns]])
     return pd.concat(frames, ignore_index=True)
@@ -68,9 +76,13 @@ def summarise(scores):
     rows = []
     for key, group in scores.groupby(KEYS, sort=False, dropna=False):
         row = dict(zip(KEYS, key, strict=True))
-        of = group.pivot_table(index="training_seed", columns=["dataset", "decode_seed"], values="rouge_l", aggfunc=["count", "mean"])
+        of = group.pivot_table(
+            index="training_seed", columns=["dataset", "decode_seed"], values="rouge_l", aggfunc=["count", "mean"]
+        )
         if of.isna().any(axis=None) or (of["count"] != 1).any(axis=None):
-            raise UserError(f"{row['experiment']}, {row['variant'] or row['method']}: its seeds, data sets and decode seeds are not complete")
+            raise UserError(
+                f"{row['experiment']}, {row['variant'] or row['method']}: its seeds, data sets and decode seeds are not complete"
+            )
         decodes = [group.loc[group["dataset"] == dataset, "decode_seed"].nunique() for dataset in datasets]
         for dataset in datasets:
             values = of["mean"][dataset]
@@ -101,7 +113,11 @@ def notes(settings: dict, alignments: dict[str, dict]) -> list[str]:
         alignments: folder -> manifest of the alignment of each pair of models.
     """
     decoding, text = settings["decoding"], settings["text"]
-    how = "greedily" if decoding["temperature"] == 0 else f"by sampling at temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
+    how = (
+        "greedily"
+        if decoding["temperature"] == 0
+        else f"by sampling at temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
+    )
     if decoding["no_repeat_ngram_size"]:
         how += f", without repeated {decoding['no_repeat_ngram_size']}-grams"
     lines = [
@@ -125,7 +141,9 @@ def to_markdown(table, lines: Sequence[str]) -> str:
         table: see `summarise`.
         lines: the notes.
     """
-    columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std") and name != "std"] + ["average"]
+    columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std") and name != "std"] + [
+        "average"
+    ]
     parts = ["# ROUGE-L", ""]
     for experiment, rows in table.groupby("experiment", sort=False):
         first = rows.iloc[0]

@@ -74,6 +74,8 @@ def start(hardware: Hardware) -> Processes:
         )
     device = _device(hardware, local)
     torch.set_num_threads(hardware.threads)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, which transformers imports when it saves, warns that it found no GPU
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if hardware.engine == "deepspeed":
@@ -98,8 +100,6 @@ def _device(hardware: Hardware, local: int) -> torch.device:
 
 def _start_deepspeed(device: torch.device) -> None:
     """DeepSpeed wants a process group even for one process."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -34,6 +34,7 @@ def train(job: Job) -> None:
         SystemExit: 75, stopped on purpose; the next attempt goes on from here.
     """
     processes = start(job.hardware)
+    models.quiet()
     try:
         lock = _lock(job, processes)
         progress = Progress(job.output, processes.rank, processes.device)
@@ -70,15 +71,13 @@ def _train(job: Job, processes: Processes, progress: Progress) -> None:
     run = files.fingerprint(decides)
     sharding = hardware.zero_stage if hardware.engine == "deepspeed" else None
     checkpoint = files.fingerprint(decides | {"world": processes.world, "engine": [hardware.engine, sharding]})
-    if processes.rank == 0:
-        (output / "model" / files.MANIFEST).unlink(
-            missing_ok=True
-        )  # from here on the old model is not this run's result
-        files.write_json(output / "config.json", job.identity | {"seed": job.seed})
-        files.write_json(output / "args.json", _resolved(job, processes))
-
     method = methods.get(job.method)
     settings = method.Settings.model_validate(job.method_settings)
+    if processes.rank == 0:
+        (output / "model" / files.MANIFEST).unlink(missing_ok=True)  # an older model is not this run's result
+        files.write_json(output / "config.json", job.identity | {"seed": job.seed})
+        files.write_json(output / "args.json", _resolved(job, settings, processes))
+
     needs = method.needs(settings)
     _check(job, needs)
     distiller = _distiller(job, method, settings).to(processes.device).train()
@@ -119,7 +118,7 @@ def _distiller(job: Job, method, settings) -> Distiller:
     student = models.load(job.student, trust_remote_code=job.trust_remote_code, train=True)
     models.check_head(student, tokenizer)
     if job.hardware.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     shape = models.shape(student, tokenizer)
     torch.manual_seed(job.seed)
     if job.training.tuning == "lora":
@@ -127,13 +126,13 @@ def _distiller(job: Job, method, settings) -> Distiller:
     return Distiller(student, method(settings, shape, job.teacher_shape), len(tokenizer), job.training)
 
 
-def _resolved(job: Job, processes: Processes) -> dict:
+def _resolved(job: Job, settings, processes: Processes) -> dict:
     """How and where this attempt runs: for people who ask later."""
     return {
         "output": str(job.output),
         "student": str(job.student),
         "method": job.method,
-        "method_settings": job.method_settings,
+        "method_settings": settings.model_dump(),
         "seed": job.seed,
         "training": job.training.model_dump(),
         "hardware": job.hardware.model_dump(),

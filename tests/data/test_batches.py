@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+
+from kdbench.data import batches
+from tests import tiny
+from tests.training import jobs
+
+LENGTHS = np.random.default_rng(0).lognormal(4.5, 0.8, 1003).astype(int).clip(10, 512)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1003, 8), (1003, 17), (16, 16), (3, 8)])
+def test_every_record_once_in_as_many_steps_as_needed(rows, size):
+    steps = batches.schedule(LENGTHS[:rows], size, epoch=0, seed=1)
+    assert len(steps) == -(-rows // size)
+    assert sorted(row for step in steps for row in step) == list(range(rows))
+    assert {len(step) for step in steps[:-1]} <= {size}
+    assert len(steps[-1]) == (rows % size or size)
+
+
+def test_order_follows_seed_and_epoch_alone():
+    def order(epoch, seed):
+        return batches.schedule(LENGTHS, 8, epoch, seed)
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(1, 1)
+    assert order(0, 1) != order(0, 2)
+
+
+def test_buckets_waste_little_padding():
+    def waste(steps):
+        padded = sum(len(step) * LENGTHS[step].max() for step in steps)
+        return 1 - LENGTHS.sum() / padded
+
+    shuffled = np.random.default_rng(1).permutation(1000).reshape(-1, 8)
+    assert waste([*shuffled.tolist(), [1000, 1001, 1002]]) > 0.4
+    assert waste(batches.schedule(LENGTHS, 8, epoch=0, seed=1)) < 0.05
+
+
+def test_short_and_long_batches_come_in_no_order():
+    means = [LENGTHS[step].mean() for step in batches.schedule(LENGTHS, 8, epoch=0, seed=1)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize(("size", "world", "micro"), [(32, 1, 8), (32, 4, 3), (33, 2, 8), (5, 4, 1), (2, 4, 8), (1, 2, 1)])
+def test_split_gives_all_processes_equally_many_parts(size, world, micro):
+    batch = batches.schedule(LENGTHS, size, epoch=0, seed=1)[0]
+    parts = [batches.split(batch, LENGTHS, rank, world, micro) for rank in range(world)]
+    assert sorted(row for mine in parts for part in mine for row in part) == sorted(batch)
+    assert {len(mine) for mine in parts} == {-(-(-(-size // world)) // micro)}
+    assert max(len(part) for mine in parts for part in mine) <= micro
+
+
+def test_split_of_one_process_has_no_empty_part():
+    for size in range(1, 40):
+        for micro in range(1, 9):
+            assert all(batches.split(range(size), LENGTHS, 0, 1, micro))
+
+
+@pytest.mark.parametrize("rows", [[0], [3, 1], [4, 0, 2, 1, 3]])
+def test_side_equals_the_form_written_position_by_position(rows):
+    tokens = jobs.make_tokens(5, seed=9).student
+    ours, plain = batches.side(tokens, rows), tiny.side(tokens, rows)
+    for name, value in vars(ours).items():
+        assert torch.equal(value, getattr(plain, name)), name
+
+
+def test_pairs_by_index_reach_to_the_shorter_response():
+    tokens = jobs.make_tokens(6, seed=9, same=False)
+    rows = [4, 0, 5]
+    batch = batches.collate(tokens, rows, teacher=True, pairing="index")
+    expected, ours, theirs = [], 0, 0
+    for row in rows:
+        s, t = int(tokens.student.response_counts[row]), int(tokens.teacher.response_counts[row])
+        expected += [[ours + k, theirs + k] for k in range(min(s, t))]
+        ours, theirs = ours + s, theirs + t
+    assert batch.pairs.tolist() == expected
+    assert (len(batch.student.targets), len(batch.teacher.targets)) == (ours, theirs)
+
+
+def test_pairs_by_bytes_point_at_the_aligned_tokens():
+    tokens = jobs.make_tokens(30, seed=9, same=False)
+    alignment = jobs.make_alignment(tokens)
+    rows = [int(row) for row in np.random.default_rng(1).permutation(30)[:11]]
+    batch = batches.collate(tokens, rows, teacher=True, pairing="byte", alignment=alignment)
+    found = [
+        (rows[batch.student.sequence[s]], batch.student.targets[s].item(), batch.teacher.targets[t].item())
+        for s, t in batch.pairs.tolist()
+    ]
+    expected = []
+    for row in rows:
+        ours, theirs = alignment.row(row)
+        ids = [
+            side.row(row)[side.prompt_lengths[row] + place]
+            for side, place in ((tokens.student, ours), (tokens.teacher, theirs))
+        ]
+        expected += [(row, s, t) for s, t in zip(*(of.tolist() for of in ids), strict=True)]
+        assert torch.equal(batch.teacher.sequence[batch.pairs[:, 1]], batch.student.sequence[batch.pairs[:, 0]])
+    assert found == expected
+
+
+def test_no_pairs_at_all_are_an_empty_tensor():
+    tokens = jobs.make_tokens(100, seed=9, same=False)
+    alignment = jobs.make_alignment(tokens)
+    (row, *_) = np.flatnonzero(tokens.student.response_counts == 1)
+    assert batches.collate(tokens, [row], teacher=True, pairing="byte", alignment=alignment).pairs.shape == (0, 2)

@@ -1,0 +1,158 @@
+"""A training's numbers do not depend on how its work is cut and spread. Gradient norms tell a wrong scale, which AdamW's weights hide."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdbench.training.run import train
+from tests.shared import ROOT
+from tests.training import jobs
+
+LAST = {"select": "last"}
+
+
+def launch(processes: int, **options) -> None:
+    """Run a job in new processes, as the workflow does."""
+    command = [sys.executable, "-m"]
+    if processes:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend=c10d"]
+        command += ["--rdzv_endpoint=localhost:0", "-m"]
+    options = {name: str(value) if name in ("output", "folder") else value for name, value in options.items()}
+    done = subprocess.run(
+        [*command, "tests.training.jobs", json.dumps(options)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same(output, reference, weights=2e-5, norms=5e-6) -> None:
+    """Gradient norms of all steps, dev losses and the final weights.
+
+    But for the bias of the keys: it shifts all scores of a query alike, so its gradient is 0 up to round-off, of which AdamW makes steps of
+    full length.
+    """
+    for key in ("gradient_norm", "loss", "dev_loss"):
+        assert jobs.metrics(output, key) == pytest.approx(jobs.metrics(reference, key), rel=norms), key
+    ours, theirs = (jobs.weights(folder / "model") for folder in (output, reference))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        difference = (ours[name] - value).abs()
+        if name.endswith("c_attn.bias"):
+            difference[16:32] = 0.0  # keys
+        if not name.endswith("k_proj.bias"):
+            assert difference.max().item() <= weights, name
+
+
+@pytest.fixture(scope="module")
+def reference(models_folder, tmp_path_factory):
+    """One process, each step in a single forward pass; by method and student, made when it is first asked for."""
+    made = {}
+
+    def of(method, student="student", **training):
+        key = (method, student, *sorted(training.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("reference")
+            hardware = {"micro_batch_size": 100}
+            train(jobs.make_job(made[key], models_folder, method, student, LAST | training, hardware))
+        return made[key]
+
+    return of
+
+
+@pytest.mark.parametrize("method", list(jobs.METHODS))
+def test_micro_batches_and_padding(method, reference, models_folder, tmp_path):
+    for size in (1, 3, 5):
+        output = tmp_path / str(size)
+        train(jobs.make_job(output, models_folder, method, training=LAST, hardware={"micro_batch_size": size}))
+        assert_same(output, reference(method))
+
+
+def test_gradient_checkpointing(reference, models_folder, tmp_path):
+    hardware = {"gradient_checkpointing": True}
+    train(jobs.make_job(tmp_path, models_folder, "vanilla_kd", training=LAST, hardware=hardware))
+    assert_same(tmp_path, reference("vanilla_kd"))
+
+
+def test_loss_is_the_mean_over_response_tokens_of_the_global_batch(reference, models_folder):
+    """The first step's loss from whole logits, record by record."""
+    from transformers import AutoModelForCausalLM
+
+    from kdbench.data import batches
+
+    job = jobs.make_job("unused", models_folder)
+    (rows, *_) = batches.schedule(job.train.student.lengths, 8, epoch=0, seed=job.seed)
+    model = AutoModelForCausalLM.from_pretrained(job.student)
+    total = count = 0.0
+    for row in rows:
+        ids = torch.from_numpy(job.train.student.row(row)).long()
+        prompt = int(job.train.student.prompt_lengths[row])
+        logits = model(input_ids=ids[None]).logits[0, prompt - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[prompt:], reduction="sum")
+        count += len(ids) - prompt
+    (total / count).backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item()
+    output = reference("sft")
+    assert jobs.metrics(output, "loss")[0] == pytest.approx((total / count).item(), rel=1e-6)
+    assert jobs.metrics(output)[0] == pytest.approx(norm, rel=1e-5)
+
+
+def test_bf16_is_near_fp32(reference, models_folder, tmp_path):
+    train(jobs.make_job(tmp_path, models_folder, "dskd", training=LAST | {"precision": "bf16"}))
+    assert jobs.metrics(tmp_path, "loss") == pytest.approx(jobs.metrics(reference("dskd"), "loss"), rel=5e-3)
+    assert jobs.metrics(tmp_path) == pytest.approx(jobs.metrics(reference("dskd")), rel=3e-2)
+    assert {value.dtype for value in jobs.weights(tmp_path / "model").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dskd", "uld-byte"])
+def test_two_processes(method, reference, models_folder, tmp_path):
+    launch(2, output=tmp_path, folder=models_folder, method=method, training=LAST)
+    assert_same(tmp_path, reference(method))
+    assert json.loads((tmp_path / "args.json").read_text())["world"] == 2
+
+
+@pytest.mark.slow
+def test_more_processes_than_records_in_the_last_batch(models_folder, tmp_path):
+    """21 records in batches of 4 leave one for the last step of an epoch; the other process works for nothing, but works."""
+    options = {"folder": models_folder, "training": LAST | {"batch_size": 4}, "rows": 21}
+    train(jobs.make_job(tmp_path / "one", method="vanilla_kd", **options))
+    launch(2, output=tmp_path / "two", method="vanilla_kd", **options)
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_two_processes(stage, reference, models_folder, tmp_path):
+    method = {0: "sft", 1: "dskd", 2: "vanilla_kd", 3: "uld-byte"}[stage]
+    hardware = {"engine": "deepspeed", "zero_stage": stage}
+    launch(2, output=tmp_path, folder=models_folder, method=method, training=LAST, hardware=hardware, persistent=0)
+    assert_same(tmp_path, reference(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("student", ["student", "untied"])
+def test_deepspeed_heads(stage, student, reference, models_folder, tmp_path):
+    """Tied and untied heads, whose weights the losses read, with recomputed activations; fine-tuning, where nothing else hides an error."""
+    hardware = {"engine": "deepspeed", "zero_stage": stage, "gradient_checkpointing": True}
+    launch(2, output=tmp_path, folder=models_folder, student=student, training=LAST, hardware=hardware, persistent=0)
+    assert_same(tmp_path, reference("sft", student))
+
+
+@pytest.mark.slow
+def test_deepspeed_bf16(reference, models_folder, tmp_path):
+    training = LAST | {"precision": "bf16"}
+    hardware = {"engine": "deepspeed", "zero_stage": 2}
+    launch(0, output=tmp_path, folder=models_folder, method="dskd", training=training, hardware=hardware)
+    assert jobs.metrics(tmp_path, "loss") == pytest.approx(jobs.metrics(reference("dskd"), "loss"), rel=5e-3)
+    assert jobs.metrics(tmp_path) == pytest.approx(jobs.metrics(reference("dskd")), rel=3e-2)
+    assert {value.dtype for value in jobs.weights(tmp_path / "model").values()} == {torch.float32}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
