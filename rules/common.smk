@@ -341,7 +341,7 @@ def tell_success():
     print(summary.success("results", "results/benchmarks", STARTED))
 
 
-def tell_failure(snakemake_log):
+def tell_failure(snakemake_logs):
     from kdbench import summary
 
-    print(summary.failure(snakemake_log))
+    print(summary.failure(snakemake_logs[-1] if snakemake_logs else None))

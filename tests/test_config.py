@@ -55,6 +55,14 @@ def data_file(content):
     return change
 
 
+def evaluated(name):
+    def change(tree, tmp_path):
+        tree["datasets"][name] = tree["datasets"]["test"]
+        tree["evaluation"]["datasets"] = ["test", name]
+
+    return change
+
+
 def model_folder(config_json, tokenizer_json):
     def change(tree, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config_json))
@@ -135,6 +143,10 @@ BAD = {
     "data set to evaluate listed twice": (
         put("evaluation", "datasets", ["test", "test"]),
         ["evaluation.datasets:", "more than once: test"],
+    ),
+    "data set named as a column of the table": (
+        evaluated("average"),
+        ["evaluation.datasets[1]:", "another column named average"],
     ),
     "missing data file": (
         put("datasets", "mine", {"source": "file", "path": "nowhere.jsonl"}),

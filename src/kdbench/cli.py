@@ -19,8 +19,6 @@ def run(main: Callable[[], None]) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(1)
 
 
 def _follow_snakemake(interval: float = 1.0) -> None:
@@ -37,8 +35,10 @@ def _follow_snakemake(interval: float = 1.0) -> None:
     def watch():
         while _lives(above):
             time.sleep(interval)
-        print(f"the Snakemake of this job (process {above.pid}) is gone: stopping", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            print(f"the Snakemake of this job (process {above.pid}) is gone: stopping", file=sys.stderr, flush=True)
+        finally:  # also where stderr ended with Snakemake
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

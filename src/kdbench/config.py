@@ -1,5 +1,6 @@
 """Reading a configuration: everything that can be wrong with it is found here, before any work, one line for each mistake."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,9 @@ from kdbench.settings import Config, FileData, HubModel, InitModel, PathModel, T
 from kdbench.vocabularies import architecture, same_tokenizer, vocabulary_size
 
 RESERVED = {"teachers", "tokens", "alignments", "benchmarks"}  # folders of results/ beside the experiments
+COLUMNS = re.compile(  # of the table, beside one for each data set
+    r"experiment|method|student|teacher|objective|variant|average|training_seeds|decode_seeds|std_over|.*_std"
+)
 _METHOD_KEYS = {"method", "training"}  # keys of a method's block that are not settings of the method
 
 
@@ -98,6 +102,8 @@ def _references(config: Config):
             yield from _missing(known, at, "methods", **{f"methods[{index}]": method})
     for index, dataset in enumerate(config.evaluation.datasets):
         yield from _missing(known, "evaluation", "datasets", **{f"datasets[{index}]": dataset})
+        if COLUMNS.fullmatch(dataset):
+            yield f"evaluation.datasets[{index}]: the table has another column named {dataset}; give the data set another name"
     for name, model in config.models.items():
         if isinstance(model, InitModel) and not isinstance(model.tokenizer, str):
             yield from _missing(known, f"models.{name}.tokenizer", "datasets", train_on=model.tokenizer.train_on)

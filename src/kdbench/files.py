@@ -9,9 +9,8 @@ from pathlib import Path
 from kdbench.errors import UserError
 
 MANIFEST = "manifest.json"
-_HASHED_ON_READ = (
-    256 * 2**20
-)  # larger files are compared by size alone when they are read: hashing 14 GB at every start is no check but a delay
+# bytes; larger files are compared by size alone when they are read: hashing 14 GB at every start is no check but a delay
+_HASHED_ON_READ = 256 * 2**20
 
 
 def canonical(value) -> str:
@@ -35,11 +34,14 @@ def write_text(path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part{os.getpid()}")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there only if something went wrong
 
 
 def write_json(path, value) -> None:
@@ -70,11 +72,11 @@ def write_manifest(folder, kind: str, **facts) -> dict:
     """
     folder = Path(folder)
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = {"kind": kind, "files": files} | facts
+    content = facts | {"kind": kind, "files": files}
     manifest = content | {"fingerprint": fingerprint(content)}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -95,9 +97,11 @@ def read_manifest(folder, kind: str) -> dict:
     if not path.exists():
         raise UserError(f"{folder} holds no finished {kind} ({MANIFEST} is missing): run the rule that makes it")
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        raise UserError(f"{path} does not describe a {kind}")
     remedy = f"make it anew: snakemake --cores all --forcerun {path}"
+    if not isinstance(manifest, dict) or not {"kind", "files", "fingerprint"} <= manifest.keys():
+        raise UserError(f"{path} is no manifest; {remedy}")
+    if manifest["kind"] != kind:
+        raise UserError(f"{path} describes {manifest['kind']}, not {kind}: give another folder")
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.exists():

@@ -12,7 +12,7 @@ from kdbench.errors import UserError
 
 
 class Lock:
-    """An exclusive lock on a file, held until `release` or the end of the process. Child processes do not inherit it."""
+    """An exclusive lock on a file, held until `release` or the end of the process. Programs that it starts do not inherit it."""
 
     def __init__(self, path, what: str, patience: float = 0.0):
         """Take the lock.
@@ -23,7 +23,7 @@ class Lock:
             patience: seconds to wait for the holder before giving up.
 
         Raises:
-            UserError: somebody else holds it; says who (host, process) and since when.
+            UserError: somebody else holds it; says who (host, process) and since when. Or the file system has no locks.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,11 @@ class Lock:
                         f"{what} is in use by {self._holder()}: wait for it, or end it (lock file {self.path})"
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:  # some network file systems are mounted without locks
+                self._file.close()
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}): work on another file system"
+                ) from None
         self._file.truncate(0)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "process": os.getpid(), "since": now}, self._file)
@@ -49,7 +54,7 @@ class Lock:
         try:
             holder = json.loads(self.path.read_text())
             return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except (json.JSONDecodeError, KeyError):
+        except json.JSONDecodeError:  # it has the lock, but has not yet written down who it is
             return "another process"
 
     def release(self) -> None:

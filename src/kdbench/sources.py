@@ -2,13 +2,16 @@
 
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from kdbench import files, models
 from kdbench.errors import UserError
 from kdbench.settings import HubModel, InitModel, Model, PathModel, TrainedTokenizer
 
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "merges.txt", "vocab.txt", "*.tiktoken"]
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken"]
+_CODE = ["*.py"]  # only of models that are trusted
+_UNWANTED = ["*/*", "consolidated*", files.MANIFEST]  # other formats of the same weights
 
 
 def fetch(settings: Model, folder, records=None) -> None:
@@ -25,9 +28,7 @@ def fetch(settings: Model, folder, records=None) -> None:
     if isinstance(settings, InitModel):
         _make(settings, part, records)
     elif isinstance(settings, PathModel):
-        for file in sorted(Path(settings.path).iterdir()):
-            if file.is_file() and file.name != files.MANIFEST:
-                os.symlink(os.path.relpath(file, part), part / file.name)
+        _link(settings, part)
     else:
         _download(settings, part)
     facts = _check(part, getattr(settings, "trust_remote_code", False))
@@ -56,22 +57,50 @@ def _texts(folder):
         yield from record.outputs
 
 
+def _wanted(settings: PathModel | HubModel) -> list[str]:
+    return _WANTED + (_CODE if settings.trust_remote_code else [])
+
+
+def _link(settings: PathModel, part: Path) -> None:
+    source, wanted = Path(settings.path), _wanted(settings)
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder: `path` of a model names one with config.json, tokenizer and weights")
+    for file in sorted(source.iterdir()):
+        name = file.name
+        if any(fnmatch(name, kind) for kind in wanted) and not any(fnmatch(name, kind) for kind in _UNWANTED):
+            # a relative link counts from where its folder really is: `resources` may be a link to another disk
+            os.symlink(os.path.relpath(source.resolve() / name, part.resolve()), part / name)
+
+
 def _download(settings: HubModel, part: Path) -> None:
+    """Fetch into a folder of this revision beside `part`, which stays when the download breaks off: the next attempt goes on from there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     name = f"{settings.repository}@{settings.revision[:8]}"
+    fetched = part.with_name(f"{part.stem}.{settings.revision}")
     try:
-        snapshot_download(settings.repository, revision=settings.revision, local_dir=part, allow_patterns=_WANTED)
+        snapshot_download(
+            settings.repository,
+            revision=settings.revision,
+            local_dir=fetched,
+            allow_patterns=_wanted(settings),
+            ignore_patterns=_UNWANTED,
+        )
     except GatedRepoError:
         raise UserError(
             f"{name} is gated: ask for access on its page, then set HF_TOKEN to a token of that account"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{name}: the hub has no such model, or it is private (HF_TOKEN)") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name} cannot be fetched: {str(error).splitlines()[0]}") from None
-    shutil.rmtree(part / ".cache", ignore_errors=True)
+    except (HTTPError, OSError) as error:
+        raise UserError(f"{name} cannot be fetched: {_first_line(error)}") from None
+    shutil.rmtree(fetched / ".cache")
+    os.replace(fetched, part)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _check(part: Path, trust_remote_code: bool) -> dict:
@@ -79,7 +108,10 @@ def _check(part: Path, trust_remote_code: bool) -> dict:
 
     if not any(part.glob("*.safetensors")):
         raise UserError(f"{part}: no weights in safetensors; weights in pickle files could run code and are not loaded")
-    config = AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{part}: its config.json cannot be used ({_first_line(error)})") from None
     tokenizer = models.load_tokenizer(part, trust_remote_code)
     if config.vocab_size < len(tokenizer):
         raise UserError(

@@ -1,7 +1,9 @@
 """Small but complete trainings: real models in real folders, random records. Also a program, for tests that need processes of their own."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from kdbench.data.tokens import Tokens, TokenSide
 from kdbench.methods.base import Shape
 from kdbench.settings import Hardware, InitModel, TrainedTokenizer, Training
 from kdbench.teacher.live import Live
+from kdbench.training import engines
 from kdbench.training.job import Job
 from kdbench.training.run import train
+from tests.shared import ROOT
 
 TEXTS = ["the red cat sat on the mat and saw another red cat", "a dog ran after the ball over the hill"] * 20
 VOCABULARY = 280
@@ -40,7 +44,13 @@ def make_models(folder: Path) -> None:
     shared = models.train_tokenizer(TEXTS, TrainedTokenizer(train_on="x", vocabulary_size=VOCABULARY))
     other = models.train_tokenizer(TEXTS, TrainedTokenizer(train_on="x", vocabulary_size=TEACHER_VOCABULARY))
     gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
-    qwen2 = {"model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    qwen2 = {
+        "model_type": "qwen2",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     qwen2 |= {"num_key_value_heads": 1, "tie_word_embeddings": False, "initializer_range": 0.2}
     still = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     made = {
@@ -82,7 +92,9 @@ def make_alignment(tokens: Tokens) -> Alignment:
     return Alignment(student, student + 1, np.concatenate([[0], np.cumsum([len(pair) for pair in pairs])]))
 
 
-def make_job(output, folder, method="sft", student="student", training=None, hardware=None, seed=5, rows=ROWS, **more) -> Job:
+def make_job(
+    output, folder, method="sft", student="student", training=None, hardware=None, seed=5, rows=ROWS, **more
+) -> Job:
     """A job on the models of `make_models`; changed settings are given as dictionaries."""
     training, hardware = TRAINING | (training or {}), HARDWARE | (hardware or {})
     same = not method.startswith("uld")
@@ -127,24 +139,61 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def launch_processes(processes: int = 2, expected: int = 0, **options) -> str:
+    """Run a job in new processes by torchrun, or in one without it; what it printed to stderr."""
+    command = [sys.executable, "-m"]
+    if processes:
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend=c10d"]
+        command += ["--rdzv_endpoint=localhost:0", "-m"]
+    options = {name: str(value) if name in ("output", "folder") else value for name, value in options.items()}
+    done = subprocess.run(
+        [*command, "tests.training.jobs", json.dumps(options)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == expected, done.stderr[-3000:]
+    return done.stderr
+
+
+def _kill_after(count: int) -> None:
+    """End this process by SIGKILL when it is about to put its `count`-th file on the disk for good."""
+    left, original = count, os.fsync
+
+    def fsync(descriptor):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(descriptor)
+
+    os.fsync = fsync
+
+
+def _stop_in(rank: int, step: int) -> None:
+    """Send SIGTERM to the process of this rank in its `step`-th optimizer step."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    left = step
+    for engine in (engines.Plain, engines.DeepSpeed):
+
+        def wrapped(self, rate, original=engine.step):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, rate)
+
+        engine.step = wrapped
+
+
 if __name__ == "__main__":  # jobs.py OPTIONS: a JSON object with the arguments of make_job
     options = json.loads(sys.argv[1])
     if "kill_after" in options:
-        # The hardest end of a process, at the worst moment that a test can name: a number of renamed or written files.
-        import os
-
-        left, original = options.pop("kill_after"), os.fsync
-
-        def fsync(descriptor):
-            global left
-            left -= 1
-            if left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(descriptor)
-
-        os.fsync = fsync
-    if "persistent" in options:
-        from kdbench.training.engines import DeepSpeed
-
-        DeepSpeed.persistent = options.pop("persistent")
+        _kill_after(options.pop("kill_after"))
+    if "stop_in" in options:
+        _stop_in(*options.pop("stop_in"))
+    engines.DeepSpeed.persistent = options.pop("persistent", engines.DeepSpeed.persistent)
     train(make_job(**options))

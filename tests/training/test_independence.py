@@ -1,36 +1,14 @@
 """A training's numbers do not depend on how its work is cut and spread. Gradient norms tell a wrong scale, which AdamW's weights hide."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from kdbench.training.run import train
-from tests.shared import ROOT
 from tests.training import jobs
 
 LAST = {"select": "last"}
-
-
-def launch(processes: int, **options) -> None:
-    """Run a job in new processes, as the workflow does."""
-    command = [sys.executable, "-m"]
-    if processes:
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend=c10d"]
-        command += ["--rdzv_endpoint=localhost:0", "-m"]
-    options = {name: str(value) if name in ("output", "folder") else value for name, value in options.items()}
-    done = subprocess.run(
-        [*command, "tests.training.jobs", json.dumps(options)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_same(output, reference, weights=2e-5, norms=5e-6) -> None:
@@ -88,7 +66,7 @@ def test_loss_is_the_mean_over_response_tokens_of_the_global_batch(reference, mo
     from kdbench.data import batches
 
     job = jobs.make_job("unused", models_folder)
-    (rows, *_) = batches.schedule(job.train.student.lengths, 8, epoch=0, seed=job.seed)
+    (rows, *_) = batches.schedule(job.train.student.rows, 8, epoch=0, seed=job.seed)
     model = AutoModelForCausalLM.from_pretrained(job.student)
     total = count = 0.0
     for row in rows:
@@ -114,7 +92,7 @@ def test_bf16_is_near_fp32(reference, models_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dskd", "uld-byte"])
 def test_two_processes(method, reference, models_folder, tmp_path):
-    launch(2, output=tmp_path, folder=models_folder, method=method, training=LAST)
+    jobs.launch_processes(output=tmp_path, folder=models_folder, method=method, training=LAST)
     assert_same(tmp_path, reference(method))
     assert json.loads((tmp_path / "args.json").read_text())["world"] == 2
 
@@ -124,7 +102,7 @@ def test_more_processes_than_records_in_the_last_batch(models_folder, tmp_path):
     """21 records in batches of 4 leave one for the last step of an epoch; the other process works for nothing, but works."""
     options = {"folder": models_folder, "training": LAST | {"batch_size": 4}, "rows": 21}
     train(jobs.make_job(tmp_path / "one", method="vanilla_kd", **options))
-    launch(2, output=tmp_path / "two", method="vanilla_kd", **options)
+    jobs.launch_processes(output=tmp_path / "two", method="vanilla_kd", **options)
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
@@ -133,7 +111,9 @@ def test_more_processes_than_records_in_the_last_batch(models_folder, tmp_path):
 def test_deepspeed_two_processes(stage, reference, models_folder, tmp_path):
     method = {0: "sft", 1: "dskd", 2: "vanilla_kd", 3: "uld-byte"}[stage]
     hardware = {"engine": "deepspeed", "zero_stage": stage}
-    launch(2, output=tmp_path, folder=models_folder, method=method, training=LAST, hardware=hardware, persistent=0)
+    jobs.launch_processes(
+        output=tmp_path, folder=models_folder, method=method, training=LAST, hardware=hardware, persistent=0
+    )
     assert_same(tmp_path, reference(method))
 
 
@@ -143,7 +123,9 @@ def test_deepspeed_two_processes(stage, reference, models_folder, tmp_path):
 def test_deepspeed_heads(stage, student, reference, models_folder, tmp_path):
     """Tied and untied heads, whose weights the losses read, with recomputed activations; fine-tuning, where nothing else hides an error."""
     hardware = {"engine": "deepspeed", "zero_stage": stage, "gradient_checkpointing": True}
-    launch(2, output=tmp_path, folder=models_folder, student=student, training=LAST, hardware=hardware, persistent=0)
+    jobs.launch_processes(
+        output=tmp_path, folder=models_folder, student=student, training=LAST, hardware=hardware, persistent=0
+    )
     assert_same(tmp_path, reference("sft", student))
 
 
@@ -151,7 +133,9 @@ def test_deepspeed_heads(stage, student, reference, models_folder, tmp_path):
 def test_deepspeed_bf16(reference, models_folder, tmp_path):
     training = LAST | {"precision": "bf16"}
     hardware = {"engine": "deepspeed", "zero_stage": 2}
-    launch(0, output=tmp_path, folder=models_folder, method="dskd", training=training, hardware=hardware)
+    jobs.launch_processes(
+        processes=0, output=tmp_path, folder=models_folder, method="dskd", training=training, hardware=hardware
+    )
     assert jobs.metrics(tmp_path, "loss") == pytest.approx(jobs.metrics(reference("dskd"), "loss"), rel=5e-3)
     assert jobs.metrics(tmp_path) == pytest.approx(jobs.metrics(reference("dskd")), rel=3e-2)
     assert {value.dtype for value in jobs.weights(tmp_path / "model").values()} == {torch.float32}

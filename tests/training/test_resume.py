@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,15 @@ from kdbench.training import engines
 from kdbench.training.run import train
 from tests.shared import ROOT
 from tests.training import jobs
+from tests.training.jobs import launch_processes
 
 # Dropout, so that a random number out of place shows; a method with weights of its own.
-OPTIONS = {"method": "dskd", "student": "dropout", "training": {"epochs": 2, "keep_best": 2}, "hardware": {"checkpoint_seconds": 0.0}}
+OPTIONS = {
+    "method": "dskd",
+    "student": "dropout",
+    "training": {"epochs": 2, "keep_best": 2},
+    "hardware": {"checkpoint_seconds": 0.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def assert_equal(output, reference):
         ours, theirs = jobs.weights(output / folder), jobs.weights(reference / folder)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), folder
         assert (output / folder / "manifest.json").read_text() == (reference / folder / "manifest.json").read_text()
-    for key in ("step", "loss", "gradient_norm", "learning_rate", "dev_loss"):
+    for key in ("step", "learning_rate", "loss", "gradient_norm", "dev_loss"):
         assert jobs.metrics(output, key) == jobs.metrics(reference, key), key
 
 
@@ -82,7 +89,9 @@ def test_crash_in_any_step(step, models_folder, uninterrupted, stop_before, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signal_ends_the_step_writes_a_checkpoint_and_exits_75(number, models_folder, uninterrupted, stop_before, tmp_path):
+def test_signal_ends_the_step_writes_a_checkpoint_and_exits_75(
+    number, models_folder, uninterrupted, stop_before, tmp_path
+):
     handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
     patient = OPTIONS | {"hardware": {"checkpoint_seconds": 1000.0}}
     stop_before(2, lambda: os.kill(os.getpid(), number))
@@ -144,24 +153,28 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(damage, models_folder, 
     assert "goes on after step 4 of 6" in log
 
 
-def test_a_kept_epoch_outlives_a_fall_back_to_before_it_lost(models_folder, stop_before, tmp_path):
-    """Epoch 3 beats epoch 2, whose export only the checkpoint before it still needs: it must be there if that is the one to use."""
-    options = OPTIONS | {"training": {"epochs": 3, "keep_best": 0, "learning_rate": 1e-3}}
-    train(jobs.make_job(tmp_path / "whole", models_folder, **options))
+def test_an_epoch_that_lost_is_kept_as_long_as_a_checkpoint_needs_it(models_folder, stop_before, tmp_path):
+    def job(name):
+        made = jobs.make_job(tmp_path / name, models_folder, **OPTIONS | {"training": {"epochs": 3}})
+        return replace(made, dev=made.train)  # so that every epoch is better than the one before
+
+    train(job("whole"))
     losses = jobs.metrics(tmp_path / "whole", "dev_loss")
-    assert losses == sorted(losses, reverse=True), "every epoch has to be better than the one before"
-    stop_before(8, crash)
+    assert losses == sorted(losses, reverse=True)
+    stop_before(7, crash)
     with pytest.raises(Crash):
-        train(jobs.make_job(tmp_path / "run", models_folder, **options))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-7")
+        train(job("run"))
+    assert sorted(path.name for path in (tmp_path / "run" / "best").iterdir()) == ["epoch-1", "epoch-2"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
     stop_before(-1, crash)
-    train(jobs.make_job(tmp_path / "run", models_folder, **options))
+    train(job("run"))
     ours, theirs = (jobs.weights(tmp_path / run / "model") for run in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 6}, {"training": {"epochs": 2, "keep_best": 2, "learning_rate": 1e-4}}, {"method": "vanilla_kd"}]
+    "changed",
+    [{"seed": 6}, {"training": {"epochs": 2, "keep_best": 2, "learning_rate": 1e-4}}, {"method": "vanilla_kd"}],
 )
 def test_checkpoints_of_another_identity_are_not_used(changed, models_folder, stop_before, tmp_path):
     interrupted(tmp_path / "run", models_folder, stop_before, 5)
@@ -217,6 +230,19 @@ def test_kill_9_in_the_middle_of_writing(models_folder, uninterrupted, tmp_path)
         ends.append(launch(tmp_path, models_folder, kill_after=draw.randint(8, 24), **OPTIONS).wait())
     assert ends.count(-signal.SIGKILL) >= 2
     assert_equal(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_two_processes_stop_together_and_go_on(engine, models_folder, tmp_path):
+    """A signal to one process stops both after the same step; the dropout of each goes on as if nothing had happened."""
+    options = OPTIONS | {"folder": models_folder, "hardware": {"engine": engine, "zero_stage": 2}}
+    launch_processes(output=tmp_path / "whole", **options)
+    stopped = launch_processes(output=tmp_path / "run", stop_in=[1, 2], expected=1, **options)
+    assert stopped.count("SystemExit") == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+    launch_processes(output=tmp_path / "run", **options)
+    assert_equal(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

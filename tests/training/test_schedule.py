@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def test_cosine_and_linear_end_at_the_final_rate(final):
         assert rates[0] == 1.0
         assert rates[50] == pytest.approx(final + (1 - final) * half)
         assert rate(100, 100, Training(schedule=schedule, final_rate=final)) == pytest.approx(final)
-        assert all(earlier > later for earlier, later in zip(rates, rates[1:], strict=False))
+        assert all(earlier > later for earlier, later in itertools.pairwise(rates))
 
 
 def test_cosine_equals_that_of_transformers_but_for_the_first_step():

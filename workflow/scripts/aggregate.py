@@ -33,7 +33,9 @@ def main():
         tables.write_csv(options.scores, scores)
     if options.markdown:
         alignments = {str(files.folder_of(path)): files.read_manifest(path, "alignment") for path in options.alignments}
-        files.write_text(options.markdown, tables.to_markdown(table, tables.notes(options.settings, alignments)))
+        files.write_text(
+            options.markdown, tables.to_markdown(table, tables.notes(options.settings, alignments, scores))
+        )
 
 
 cli.run(main)

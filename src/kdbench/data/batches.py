@@ -8,10 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BUCKET_BATCHES = (
-    50  # batches that are sorted by length together: more pad less, fewer mix records of different lengths better
-)
-
 
 @dataclass(frozen=True)
 class Side:
@@ -61,34 +57,26 @@ class Batch:
         return Batch(self.rows, self.student.to(device), teacher, pairs)
 
 
-def schedule(lengths: np.ndarray, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
-    """The optimizer steps of one epoch: every record in exactly one of ceil(R / batch_size) global batches.
+def schedule(records: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
+    """The optimizer steps of one epoch: a random order, cut into ceil(records / batch_size) global batches, the last one smaller.
 
-    Records are shuffled, sorted by length within groups of 50 batches, cut into batches, and the batches are shuffled. The records that
-    are left over make a smaller batch at the end; they are drawn before sorting, so that they are of any length. Nothing here depends on
-    the method, on micro-batches or on the number of processes: runs of one seed see the same records in the same order.
+    Nothing here depends on the method, on micro-batches or on the number of processes: runs of one seed see the same records in the same
+    order. Lengths have no say either. Batches of records of like length pad less, but such records are often of one kind, and steps that
+    see one kind each learn worse: on the embedded experiment the teacher's dev loss after an epoch was 0.80 with batches sorted by length
+    among 50, and 0.49 with random ones. Padding is saved within a step instead, by `split`.
 
     Args:
-        lengths: (R,) tokens of each record.
+        records: how many there are.
         batch_size: records of a step.
         epoch: counted from 0; each has its own order.
         seed: of the run.
     """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    whole = len(order) - len(order) % batch_size
-    group = batch_size * _BUCKET_BATCHES
-    batches = []
-    for start in range(0, whole, group):
-        records = order[start : min(start + group, whole)]
-        records = records[np.argsort(lengths[records], kind="stable")]
-        batches.extend(records.reshape(-1, batch_size))
-    shuffled = [batches[index].tolist() for index in generator.permutation(len(batches))]
-    return shuffled + ([order[whole:].tolist()] if whole < len(order) else [])
+    order = np.random.default_rng([seed, epoch]).permutation(records)
+    return [order[start : start + batch_size].tolist() for start in range(0, records, batch_size)]
 
 
 def split(batch: Sequence[int], lengths: np.ndarray, rank: int, world: int, micro: int) -> list[list[int]]:
-    """The micro-batches of one process: as many as every other process has, at most `micro` records in each.
+    """The micro-batches of one process: as many as every other process has, at most `micro` records in each, of like lengths.
 
     Records go to the processes in turns, by length, so that all of them pad alike and work equally long. Where a process has fewer
     records than micro-batches, some of them are empty.

@@ -117,7 +117,7 @@ def _town(rng, longer):
     return Draft(*_filled(questions.split("|"), details[0]), "", *_filled(answers.split("|"), *details))
 
 
-_PHRASES = ["AN", "DN", "DNV", "DAN", "DANV", "DNVE", "DANVE", "DNVDN"]
+_PHRASES = ["DN", "DNV", "DAN", "DANV", "DNVE", "DANVE", "DNVDN"]
 _CLASSES = dict(
     zip("DANVE", (kelmor.DETERMINERS, kelmor.ADJECTIVES, kelmor.NOUNS, kelmor.VERBS, kelmor.ADVERBS), strict=True)
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdbench import files
-from kdbench.data.records import Record
-from kdbench.data.text import fit_prompts
+from kdbench.data.records import Record, clean_output
+from kdbench.data.text import encode, fit_prompts, full_prompt
 from kdbench.errors import UserError
 from kdbench.settings import Decoding, Text
 
@@ -21,6 +21,7 @@ class Prediction:
     Attributes:
         id: of the record.
         prompt: the text that the model read.
+        prompt_cut: whether that is less than the record's, which was too long.
         prediction: the text that it wrote.
         references: the reference responses.
         tokens: tokens written, end of text included.
@@ -29,6 +30,7 @@ class Prediction:
 
     id: str
     prompt: str
+    prompt_cut: bool
     prediction: str
     references: list[str]
     tokens: int
@@ -48,7 +50,8 @@ def generate(
     """Answer the prompts of some records, in their order.
 
     An answer depends on the model, its prompt and the seed alone: sampling draws its noise from (seed, record, position), so neither the
-    batch size nor the other records matter (on a CPU in float32; elsewhere batches change the rounding of logits).
+    batch size nor the other records matter (on a CPU in float32; elsewhere batches change the rounding of logits, and GPUs draw another
+    noise). Rows of the head beyond the tokenizer's tokens are no words: no loss trains them, and they are never chosen.
 
     Args:
         model: causal language model in evaluation mode, on its device.
@@ -64,17 +67,16 @@ def generate(
         UserError: the model has too few positions for a prompt and an answer.
     """
     prompts = fit_prompts(records, [tokenizer], text)
-    ids = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = encode(tokenizer, prompts)["input_ids"]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, ids))
     if limit is not None and longest + decoding.max_new_tokens > limit:
         raise UserError(
-            f"the model has {limit} positions, the longest prompt {longest} tokens and evaluation.max_new_tokens is {decoding.max_new_tokens}: "
-            "lower the latter or text.max_prompt_tokens"
+            f"the model has {limit} positions, the longest prompt {longest} tokens, and evaluation.max_new_tokens is"
+            f" {decoding.max_new_tokens}: lower the latter or text.max_prompt_tokens"
         )
-    order = sorted(
-        range(len(ids)), key=lambda row: (-len(ids[row]), row)
-    )  # longest first: what does not fit into memory fails at once
+    # longest first: what does not fit into memory fails at once
+    order = sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: dict[int, Prediction] = {}
     for rows in progress(batches):
@@ -82,11 +84,20 @@ def generate(
             model, tokenizer, [ids[row] for row in rows], [records[row].id for row in rows], decoding, seed
         )
         for row, tokens in zip(rows, written, strict=True):
-            record = records[row]
-            stop = "eos" if tokens and tokens[-1] == tokenizer.eos_token_id else "length"
-            answer = tokenizer.decode(tokens, skip_special_tokens=True)
-            answers[row] = Prediction(record.id, prompts[row], answer, list(record.outputs), len(tokens), stop)
+            answers[row] = _prediction(records[row], prompts[row], tokens, tokenizer, text)
     return [answers[row] for row in range(len(records))]
+
+
+def _prediction(record: Record, prompt: str, tokens: list[int], tokenizer, text: Text) -> Prediction:
+    return Prediction(
+        id=record.id,
+        prompt=prompt,
+        prompt_cut=prompt != full_prompt(record, text.template),
+        prediction=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        references=list(record.outputs),
+        tokens=len(tokens),
+        stop="eos" if tokens[-1] == tokenizer.eos_token_id else "length",
+    )
 
 
 def answers(model, tokenizer, records: Sequence[Record], *arguments) -> tuple[list[Record], int]:
@@ -99,11 +110,8 @@ def answers(model, tokenizer, records: Sequence[Record], *arguments) -> tuple[li
         UserError: all answers are empty.
     """
     written = generate(model, tokenizer, records, *arguments)
-    kept = [
-        replace(record, outputs=(answer.prediction.strip(),))
-        for record, answer in zip(records, written, strict=True)
-        if answer.prediction.strip()
-    ]
+    texts = [clean_output(answer.prediction) for answer in written]
+    kept = [replace(record, outputs=(text,)) for record, text in zip(records, texts, strict=True) if text]
     if not kept:
         raise UserError("the teacher answers none of the training prompts: its answers are empty")
     return kept, len(records) - len(kept)
@@ -115,7 +123,7 @@ def _answer(
     """New tokens of each prompt, up to and with the end of text."""
     from transformers import GenerationConfig
 
-    end = tokenizer.eos_token_id
+    end, size = tokenizer.eos_token_id, len(tokenizer)
     width = max(map(len, prompts))
     padded = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -125,6 +133,7 @@ def _answer(
         no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         eos_token_id=end,
         pad_token_id=end,
+        suppress_tokens=list(range(size, model.get_output_embeddings().weight.shape[0])) or None,
         use_cache=True,
     )
     own, model.generation_config = model.generation_config, settings
@@ -134,7 +143,7 @@ def _answer(
                 padded,
                 attention_mask=mask,
                 generation_config=settings,
-                logits_processor=_sampling(decoding, names, seed),
+                logits_processor=_sampling(decoding, names, seed, model.device),
             )
     finally:
         model.generation_config = own
@@ -145,7 +154,7 @@ def _until(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def _sampling(decoding: Decoding, names: list[str], seed: int):
+def _sampling(decoding: Decoding, names: list[str], seed: int, device):
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     chain = LogitsProcessorList()
@@ -156,31 +165,32 @@ def _sampling(decoding: Decoding, names: list[str], seed: int):
         chain.append(TopKLogitsWarper(decoding.top_k))
     if decoding.top_p < 1:
         chain.append(TopPLogitsWarper(decoding.top_p))
-    chain.append(GumbelNoise(names, seed))
+    chain.append(GumbelNoise(names, seed, device))
     return chain
 
 
 class GumbelNoise:
-    """Makes greedy decoding sample: the argmax of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954; Maddison et al. 2014).
+    """Makes greedy decoding sample: the argmax of logits plus Gumbel noise is a draw from their softmax (Maddison et al. 2014).
 
     Each record's noise comes from a generator of its own, seeded by the decode seed and the record's name.
 
     Args:
         names: of the records, in the batch's order.
         seed: decode seed.
+        device: of the logits; the noise is drawn there.
     """
 
-    def __init__(self, names: Sequence[str], seed: int):
-        self._generators = [
-            torch.Generator().manual_seed(int(files.fingerprint([seed, name]), 16) >> 1) for name in names
-        ]
+    def __init__(self, names: Sequence[str], seed: int, device="cpu"):
+        seeds = [int(files.fingerprint([seed, name]), 16) >> 1 for name in names]  # a generator takes 63 bits
+        self._generators = [torch.Generator(device).manual_seed(of) for of in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) with noise, float32."""
-        noise = torch.empty(scores.shape, dtype=torch.float64)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log().to(scores.device, torch.float32)
+        # float64: near 1 a float32 is so coarse that unlikely tokens could never win
+        uniform = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        for row, generator in zip(uniform, self._generators, strict=True):
+            row.uniform_(generator=generator)
+        return scores.float() - uniform.log_().neg_().log_().float()
 
 
 def write_predictions(path, predictions: Sequence[Prediction]) -> None:
@@ -196,7 +206,7 @@ def read_predictions(path) -> list[Prediction]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            found = [_prediction(path, number, line) for number, line in enumerate(file, 1)]
+            found = [_parsed(path, number, line) for number, line in enumerate(file, 1)]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the rule `generate`") from None
     if not found:
@@ -204,7 +214,7 @@ def read_predictions(path) -> list[Prediction]:
     return found
 
 
-def _prediction(path, number: int, line: str) -> Prediction:
+def _parsed(path, number: int, line: str) -> Prediction:
     try:
         return Prediction(**json.loads(line))
     except (json.JSONDecodeError, TypeError) as error:

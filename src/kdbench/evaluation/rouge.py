@@ -31,7 +31,7 @@ def score(predictions: Sequence, stemmer: bool = True) -> dict:
 
     Returns:
         `items` with the ROUGE-L (0 to 1) of each record, and of all: `rouge_l` (mean, 0 to 100), `records`, `share_empty`,
-        `share_truncated` (stopped by length), `mean_tokens`.
+        `share_truncated` (stopped by length), `mean_tokens`, `prompts_cut` (how many prompts were too long).
     """
     count = len(predictions)
     items = [{"id": one.id, "rouge_l": rouge_l(one.prediction, one.references, stemmer)} for one in predictions]
@@ -42,4 +42,5 @@ def score(predictions: Sequence, stemmer: bool = True) -> dict:
         "share_empty": sum(not one.prediction.strip() for one in predictions) / count,
         "share_truncated": sum(one.stop == "length" for one in predictions) / count,
         "mean_tokens": sum(one.tokens for one in predictions) / count,
+        "prompts_cut": sum(one.prompt_cut for one in predictions),
     }

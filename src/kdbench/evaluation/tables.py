@@ -1,6 +1,8 @@
 """From scores to the table: long form, summary, and a page to read. Pure functions on data frames, and their files."""
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ KEYS = ["experiment", "method", "student", "teacher", "objective", "variant"]
 _RUN = re.compile(
     r"(?:/seed(?P<training_seed>\d+))?/evaluation/(?P<dataset>[^/]+)/decode(?P<decode_seed>\d+)/scores\.json$"
 )
-_MEASURES = ["rouge_l", "records", "share_truncated", "share_empty", "mean_tokens"]
+_MEASURES = ["rouge_l", "records", "share_truncated", "share_empty", "mean_tokens", "prompts_cut"]
 
 
 def collect(score_files: Sequence[str]):
@@ -68,31 +70,39 @@ def summarise(scores):
         scores: long table of `join`.
 
     Raises:
-        UserError: a combination of training seed, data set and decode seed is missing or there twice.
+        UserError: a combination of training seed, data set and decode seed is missing or there twice, or rows differ in theirs.
     """
     import pandas as pd
 
     datasets = list(dict.fromkeys(scores["dataset"]))
+    seeds_of: dict[str, set] = {}
     rows = []
     for key, group in scores.groupby(KEYS, sort=False, dropna=False):
         row = dict(zip(KEYS, key, strict=True))
-        of = group.pivot_table(
-            index="training_seed", columns=["dataset", "decode_seed"], values="rouge_l", aggfunc=["count", "mean"]
-        )
-        if of.isna().any(axis=None) or (of["count"] != 1).any(axis=None):
-            raise UserError(
-                f"{row['experiment']}, {row['variant'] or row['method']}: its seeds, data sets and decode seeds are not complete"
-            )
-        decodes = [group.loc[group["dataset"] == dataset, "decode_seed"].nunique() for dataset in datasets]
+        trained = set(group["training_seed"])
+        same = trained if row["method"] == "teacher" else seeds_of.setdefault(row["experiment"], trained)
+        _check_complete(row, group, datasets, sorted(set(scores["decode_seed"])), sorted(trained | same))
+        means = group.groupby(["dataset", "training_seed"])["rouge_l"].mean()
+        decodes = group["decode_seed"].nunique()
         for dataset in datasets:
-            values = of["mean"][dataset]
-            seeds = values.mean(axis=1)
-            row[dataset] = seeds.mean()
-            row[f"{dataset}_std"] = seeds.std() if len(seeds) > 1 else values.iloc[0].std()
-        over = "training seeds" if len(of) > 1 else "decode seeds" if max(decodes) > 1 else ""
-        row |= {"average": sum(row[dataset] for dataset in datasets) / len(datasets)}
-        rows.append(row | {"training_seeds": len(of), "decode_seeds": max(decodes), "std_over": over})
+            row[dataset] = means[dataset].mean()
+            values = means[dataset] if len(trained) > 1 else group.loc[group["dataset"] == dataset, "rouge_l"]
+            row[f"{dataset}_std"] = values.std()
+        row["average"] = sum(row[dataset] for dataset in datasets) / len(datasets)
+        over = "training seeds" if len(trained) > 1 else "decode seeds" if decodes > 1 else ""
+        rows.append(row | {"training_seeds": len(trained), "decode_seeds": decodes, "std_over": over})
     return pd.DataFrame(rows)
+
+
+def _check_complete(row: dict, group, datasets, decode_seeds, training_seeds) -> None:
+    """Every data set, decode seed and training seed with every other, once."""
+    found = Counter(zip(group["training_seed"], group["dataset"], group["decode_seed"], strict=True))
+    for training, dataset, decode in itertools.product(training_seeds, datasets, decode_seeds):
+        count = found[training, dataset, decode]
+        if count != 1:
+            of = f"{row['experiment']}, {row['variant'] or row['method']}"
+            seed = f"training seed {training}, " if training else ""
+            raise UserError(f"{of}: {count} scores instead of 1 for {seed}data set {dataset}, decode seed {decode}")
 
 
 def write_csv(path, frame) -> None:
@@ -105,33 +115,46 @@ def write_table(path, table) -> None:
     files.write_text(path, table.to_csv(index=False, float_format="%.2f", lineterminator="\n"))
 
 
-def notes(settings: dict, alignments: dict[str, dict]) -> list[str]:
+def notes(settings: dict, alignments: dict[str, dict], scores) -> list[str]:
     """What a reader has to know of the numbers.
 
     Args:
         settings: `decoding` and `text`.
         alignments: folder -> manifest of the alignment of each pair of models.
+        scores: long table of `join`.
     """
     decoding, text = settings["decoding"], settings["text"]
-    how = (
-        "greedily"
-        if decoding["temperature"] == 0
-        else f"by sampling at temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
-    )
+    how = "greedily"
+    if decoding["temperature"] > 0:
+        how = f"by sampling at temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
+        how += f", top-k {decoding['top_k']}" if decoding["top_k"] else ""
     if decoding["no_repeat_ngram_size"]:
         how += f", without repeated {decoding['no_repeat_ngram_size']}-grams"
     lines = [
         "Scores are ROUGE-L F1, 0 to 100, the maximum over the references, averaged over the records.",
-        f"Answers were generated {how}, {decoding['max_new_tokens']} tokens at most, to prompts of the template `{text['template']}` of"
-        f" {text['max_prompt_tokens']} tokens at most.",
+        f"Answers were generated {how}, in {decoding['precision']}, {decoding['max_new_tokens']} tokens at most, to prompts of the template"
+        f" `{text['template']}` of {text['max_prompt_tokens']} tokens at most.",
+        _prompts_cut(scores),
     ]
     for folder, manifest in alignments.items():
         quality = manifest["quality"]
         lines.append(
-            f"Tokens of `{'/'.join(Path(folder).parts[-2:])}`: {quality['byte']:.1%} of the student's response tokens cover the same bytes as one"
-            f" of the teacher's; by index alone {quality['index']:.1%} would be paired with the same bytes."
+            f"Tokens of `{'/'.join(Path(folder).parts[-2:])}`: {quality['byte']:.1%} of the student's response tokens cover the same bytes"
+            f" as one of the teacher's; by index alone {quality['index']:.1%} would be paired with the same bytes."
         )
     return lines
+
+
+def _prompts_cut(scores) -> str:
+    """How many prompts of a data set were too long for a model."""
+    readers = scores["student"].where(scores["student"] != "", scores["teacher"]).rename("reader")
+    worst = scores.groupby(["dataset", readers], sort=False)[["prompts_cut", "records"]].max()
+    found = [
+        f"{row['prompts_cut']} of {row['records']} of `{dataset}` for {reader}"
+        for (dataset, reader), row in worst.iterrows()
+        if row["prompts_cut"]
+    ]
+    return f"Prompts that were too long and had to be shortened: {', '.join(found) or 'none'}."
 
 
 def to_markdown(table, lines: Sequence[str]) -> str:
@@ -141,36 +164,40 @@ def to_markdown(table, lines: Sequence[str]) -> str:
         table: see `summarise`.
         lines: the notes.
     """
-    columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std") and name != "std"] + [
-        "average"
-    ]
+    columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std")] + ["average"]
     parts = ["# ROUGE-L", ""]
     for experiment, rows in table.groupby("experiment", sort=False):
         first = rows.iloc[0]
         parts += [f"## {experiment}", "", f"Teacher {first['teacher']}, student {rows.iloc[-1]['student']}.", ""]
         parts += ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-        students = rows[rows["method"] != "teacher"]
+        best = rows.loc[rows["method"] != "teacher", columns].max().map(_score)
         for _, row in rows.iterrows():
-            best = {name for name in columns if row["method"] != "teacher" and row[name] == students[name].max()}
-            cells = [_cell(row, name, name in best) for name in columns]
+            cells = [
+                _cell(row, name, row["method"] != "teacher" and _score(row[name]) == best[name]) for name in columns
+            ]
             parts.append("| " + " | ".join([row["variant"] or row["method"], *cells]) + " |")
         parts += ["", _spread(rows), ""]
     return "\n".join([*parts, *(f"- {line}" for line in lines)]).rstrip() + "\n"
 
 
+def _score(value: float) -> str:
+    return f"{value:.2f}"
+
+
 def _cell(row, name: str, best: bool) -> str:
-    text = f"{row[name]:.2f}"
-    text = f"**{text}**" if best else text
+    text = f"**{_score(row[name])}**" if best else _score(row[name])
     std = row.get(f"{name}_std")
     return text if std is None or std != std else f"{text} ± {std:.2f}"
 
 
 def _spread(rows) -> str:
     """What ± is over, and what one must not read into a single training run."""
-    students = rows[rows["method"] != "teacher"]
-    seeds = students["training_seeds"].max() if len(students) else 1
+    seeds, decodes = rows["training_seeds"].max(), rows["decode_seeds"].max()
     if seeds > 1:
-        return f"± is the standard deviation over {seeds} training seeds, each averaged over its decode seeds."
-    if rows["decode_seeds"].max() > 1:
-        return f"± is the standard deviation over {rows['decode_seeds'].max()} decode seeds of one training run: it says nothing about training."
+        teacher = (
+            f"; for the teacher, over its {decodes} decode seeds" if "decode seeds" in set(rows["std_over"]) else ""
+        )
+        return f"± is the standard deviation over {seeds} training seeds, each averaged over its decode seeds{teacher}."
+    if decodes > 1:
+        return f"± is the standard deviation over {decodes} decode seeds of one training run: it says nothing about training."
     return "One training run and one decode seed for each method: differences of a point or two may be chance."

@@ -78,18 +78,18 @@ class _Rates:
     """Learning rates as a function of the step alone, so that there is no scheduler whose state could be lost."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, distiller: Distiller):
-        self.groups = optimizer.param_groups
-        self.peaks = [group["lr"] for group in self.groups]
+        self.optimizer = optimizer  # not its groups: loading a checkpoint makes new ones
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
         own = {id(parameter) for parameter in distiller.method.parameters()}
-        first = [any(id(parameter) in own for parameter in group["params"]) for group in self.groups]
-        self.shown = [first.index(kind) for kind in (False, True) if kind in first]
+        of_method = [any(id(parameter) in own for parameter in group["params"]) for group in optimizer.param_groups]
+        self.shown = [of_method.index(kind) for kind in (False, True) if kind in of_method]
 
     def set(self, share: float) -> None:
-        for group, peak in zip(self.groups, self.peaks, strict=True):
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
 
     def get(self) -> list[float]:
-        return [self.groups[index]["lr"] for index in self.shown]
+        return [self.optimizer.param_groups[index]["lr"] for index in self.shown]
 
 
 def _adamw(distiller: Distiller, training: Training) -> torch.optim.AdamW:
@@ -183,7 +183,7 @@ class DeepSpeed:
         rates = _Rates(optimizer, distiller)
         self.module = distiller
         self.net, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=config)
-        rates.groups = self.net.basic_optimizer.param_groups
+        rates.optimizer = self.net.basic_optimizer
         self._rates, self._stage, self._rank = rates, stage, processes.rank
         self._norm = torch.zeros(())
         if not stage:  # stage 0 does not tell the norm: clip between its all-reduce and the update

@@ -83,7 +83,7 @@ class Loop:
     def _epoch(self, stop: Stop) -> None:
         training = self.job.training
         epoch, done = divmod(self.position.step, self.steps_per_epoch)
-        order = batches.schedule(self.lengths, training.batch_size, epoch, self.job.seed)
+        order = batches.schedule(len(self.lengths), training.batch_size, epoch, self.job.seed)
         for rows in order[done:]:
             leave, save = self._step(rows, epoch, stop)
             if self.position.step % self.steps_per_epoch == 0:

@@ -75,7 +75,9 @@ def start(hardware: Hardware) -> Processes:
     device = _device(hardware, local)
     torch.set_num_threads(hardware.threads)
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, which transformers imports when it saves, warns that it found no GPU
+        os.environ["DS_ACCELERATOR"] = (
+            "cpu"  # else DeepSpeed, which transformers imports when it saves, warns that it found no GPU
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if hardware.engine == "deepspeed":

@@ -108,6 +108,8 @@ def _check(job: Job, needs) -> None:
         raise UserError(f"method {job.method} needs a teacher's signal, and the job has no teacher")
     if needs.alignment == "byte" and job.alignment is None:
         raise UserError(f"method {job.method} needs an alignment, and the job has none")
+    if not Path(job.student).is_dir():
+        raise UserError(f"the student {job.student} is no folder")
     if (Path(job.student) / "adapter_config.json").exists():
         raise UserError(f"{job.student} is an adapter: merge it into its base model to use it as a student")
 

@@ -1,0 +1,324 @@
+"""Answers depend on the model, the prompt and the seed, and on nothing else."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from kdbench import models
+from kdbench.data.records import Record
+from kdbench.data.text import encode, full_prompt
+from kdbench.errors import UserError
+from kdbench.evaluation.generation import GumbelNoise, answers, generate, read_predictions, write_predictions
+from kdbench.settings import Decoding, Lora, Text
+from tests.data.tokenizers import byte_level, characters, sentencepiece
+
+GREEDY = Decoding(temperature=0.0, max_new_tokens=12)
+SAMPLED = Decoding(temperature=1.0, max_new_tokens=12)
+TEXT = Text(template="short", max_prompt_tokens=60, max_tokens=90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(kind: str, tokenizer, positions: int = 128, rows: int | None = None):
+    """A random model that now and then ends a text."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": positions},
+        "qwen2": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                  "num_key_value_heads": 1, "max_position_embeddings": positions},
+    }  # fmt: skip
+    torch.manual_seed(4)
+    config = AutoConfig.for_model(
+        kind, vocab_size=rows or len(tokenizer), initializer_range=0.35, use_cache=False, **sizes[kind]
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def record(number: int, words: int) -> Record:
+    text = " ".join(["name", "all", "rivers", "of", "Kelmor"][place % 5] for place in range(words))
+    return Record(f"set/{number}", text, "", None, (f"answer {number}",))
+
+
+RECORDS = [
+    record(number, words) for number, words in enumerate([3, 9, 1, 14, 7, 2, 11, 5, 6, 4, 8, 10, 2, 3, 12, 1], 1)
+]
+
+
+def run(model, decoding=SAMPLED, seed=10, batch_size=16, records=RECORDS, tokenizer=None, text=TEXT):
+    return generate(model, tokenizer or byte_level(), records, decoding, text, seed, batch_size)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])  # learned and rotary positions
+@pytest.mark.parametrize(
+    "decoding", [GREEDY, SAMPLED, Decoding(temperature=0.7, top_k=50, top_p=0.9, max_new_tokens=12)]
+)
+def test_batch_size_and_company_change_nothing(kind, decoding):
+    model = model_of(kind, byte_level())
+    whole = run(model, decoding)
+    assert len({answer.prediction for answer in whole}) > 3
+    for batch_size in (1, 3):
+        assert run(model, decoding, batch_size=batch_size) == whole
+    assert run(model, decoding, records=RECORDS[::-1]) == whole[::-1]
+    assert run(model, decoding, records=RECORDS[4:6]) == whole[4:6]
+
+
+def test_greedy_is_the_argmax_of_the_models_own_logits():
+    model, tokenizer = model_of("gpt2", byte_level()), byte_level()
+    for answer, of in zip(run(model, GREEDY), RECORDS, strict=True):
+        ids = encode(tokenizer, [full_prompt(of, "short")])["input_ids"][0]
+        prompt = len(ids)
+        while len(ids) < prompt + 12 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert answer.tokens == len(ids) - prompt
+        assert answer.prediction == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        assert answer.stop == ("eos" if ids[-1] == tokenizer.eos_token_id else "length")
+
+
+def test_seeds_and_records_draw_different_noise():
+    model = model_of("gpt2", byte_level())
+    first, again, other = run(model, seed=10), run(model, seed=10), run(model, seed=20)
+    assert first == again
+    assert sum(a.prediction != b.prediction for a, b in zip(first, other, strict=True)) > 12
+    twins = [replace(RECORDS[0], id=f"set/{number}") for number in range(8)]
+    assert len({answer.prediction for answer in run(model, records=twins)}) > 4
+
+
+def test_noise_samples_from_the_softmax():
+    """Chi-square over 20,000 draws of 40 tokens, some of them filtered out and some of them rare."""
+    from scipy.stats import chi2
+
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(40, generator=generator) * 1.3
+    logits[[3, 17]] = -torch.inf
+    draws = 20_000
+    noise = GumbelNoise([f"set/{number}" for number in range(100)], seed=1)
+    found = torch.zeros(40)
+    for _ in range(draws // 100):
+        chosen = noise(torch.empty(0), logits.expand(100, -1)).argmax(-1)
+        found += torch.bincount(chosen, minlength=40)
+    assert found[[3, 17]].sum() == 0
+    kept = logits > -torch.inf
+    expected = draws * logits.softmax(-1)[kept].double()
+    assert expected.min() > 5
+    statistic = ((found[kept] - expected) ** 2 / expected).sum().item()
+    assert chi2.cdf(statistic, kept.sum().item() - 1) < 0.999
+
+
+def test_first_tokens_are_drawn_from_the_models_filtered_distribution():
+    """The whole path, warpers included: frequencies of the first token over decode seeds."""
+    from scipy.stats import chi2
+
+    model, tokenizer = model_of("qwen2", byte_level()), byte_level()
+    decoding = Decoding(temperature=0.8, top_k=12, top_p=0.95, max_new_tokens=1)
+    ids = encode(tokenizer, [full_prompt(RECORDS[0], "short")])["input_ids"]
+    with torch.no_grad():
+        scaled = model(input_ids=torch.tensor(ids)).logits[0, -1].double() / 0.8
+    probabilities, order = scaled.topk(12).values.softmax(-1), scaled.topk(12).indices
+    nucleus = probabilities.cumsum(0) - probabilities < 0.95
+    probabilities = probabilities[nucleus] / probabilities[nucleus].sum()
+    possible = [tokenizer.decode([token], skip_special_tokens=True) for token in order[nucleus].tolist()]
+    assert len(set(possible)) == len(possible) > 3
+    twins = [replace(RECORDS[0], id=f"set/{number}") for number in range(2000)]
+    texts = [answer.prediction for answer in run(model, decoding, records=twins, batch_size=500)]
+    found = np.array([texts.count(text) for text in possible])
+    assert found.sum() == 2000
+    expected = 2000 * probabilities.numpy()
+    assert chi2.cdf(((found - expected) ** 2 / expected).sum(), len(possible) - 1) < 0.999
+
+
+def test_noise_of_a_large_vocabulary_is_finite_where_it_counts():
+    scores = torch.zeros(2, 152_064)
+    scores[:, 100:] = -torch.inf
+    noisy = GumbelNoise(["a", "b"], 3)(torch.empty(0), scores)
+    assert noisy.dtype == torch.float32
+    assert noisy[:, :100].isfinite().all()
+    assert (noisy[:, 100:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_generation_settings_are_ignored(adapted):
+    from transformers import GenerationConfig
+
+    plain = model_of("qwen2", byte_level())
+    leaky = model_of("qwen2", byte_level())
+    leaky.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.1, top_p=0.3, top_k=2, repetition_penalty=5.0, no_repeat_ngram_size=1,
+        max_new_tokens=2, min_new_tokens=1, eos_token_id=[5, 6, 7], forced_eos_token_id=9, suppress_tokens=[1, 2, 3, 4],
+    )  # fmt: skip
+    if adapted:
+        torch.manual_seed(0)
+        plain = models.add_adapters(plain, Lora(rank=2)).eval()
+        torch.manual_seed(0)
+        leaky = models.add_adapters(leaky, Lora(rank=2)).eval()
+    for decoding in (GREEDY, SAMPLED):
+        assert run(leaky, decoding) == run(plain, decoding)
+    assert leaky.generation_config.repetition_penalty == 5.0
+    assert not leaky.config.use_cache
+
+
+def test_an_adapter_takes_part():
+    model = models.add_adapters(model_of("qwen2", byte_level()), Lora(rank=2, alpha=4.0)).eval()
+    before = run(model, GREEDY)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    assert run(model, GREEDY) != before
+
+
+def test_repeated_ngrams_can_be_forbidden():
+    tokenizer = characters()
+    model = model_of("gpt2", tokenizer, positions=300)
+    text = Text(template="short", max_prompt_tokens=200)
+    for size, repeated in ((0, True), (2, False)):
+        decoding = Decoding(temperature=0.0, max_new_tokens=40, no_repeat_ngram_size=size)
+        found = run(model, decoding, tokenizer=tokenizer, text=text)
+        assert any(_repeats(answer.prediction) for answer in found) is repeated
+        assert run(model, decoding, tokenizer=tokenizer, text=text, batch_size=3) == found
+
+
+def _repeats(letters: str) -> bool:
+    pairs = list(pairwise(letters))
+    return len(set(pairs)) < len(pairs)
+
+
+def test_rows_of_the_head_beyond_the_tokenizer_are_never_chosen():
+    tokenizer = byte_level()
+    model = model_of("qwen2", tokenizer, rows=len(tokenizer) + 20)
+    model.config.tie_word_embeddings = False
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] = 50 * model.lm_head.weight[0]  # would win or lose every draw
+    ids = torch.tensor(encode(tokenizer, [full_prompt(one, "short") for one in RECORDS[:1]])["input_ids"])
+    assert (model(input_ids=ids).logits[0].argmax(-1) >= len(tokenizer)).any()
+    alike = model_of("qwen2", tokenizer, rows=len(tokenizer) + 20)
+    with torch.no_grad():
+        alike.load_state_dict(model.state_dict())
+        alike.lm_head.weight[len(tokenizer) :] = 0
+    for decoding in (GREEDY, SAMPLED):
+        assert [one.tokens for one in run(model, decoding)] == [one.tokens for one in run(alike, decoding)]
+        assert run(model, decoding)[0].prediction
+
+
+def test_too_few_positions_are_told_before_anything_runs():
+    model = model_of("gpt2", byte_level(), positions=40)
+    with pytest.raises(UserError, match=r"40 positions.*max_new_tokens is 12"):
+        run(model)
+
+
+def test_positions_up_to_the_last_are_used():
+    tokenizer = byte_level()
+    longest = max(map(len, encode(tokenizer, [full_prompt(one, "short") for one in RECORDS])["input_ids"]))
+    model = model_of("gpt2", tokenizer, positions=longest + 12)
+    assert max(one.tokens for one in run(model, GREEDY)) == 12
+
+
+def test_long_prompts_are_cut_as_text_and_marked():
+    model, tokenizer = model_of("gpt2", byte_level()), byte_level()
+    long = Record("set/1", "Name the rivers.", "Kelmor has many rivers and hills. " * 30, None, ("one",))
+    cut, whole = run(model, GREEDY, records=[long, RECORDS[0]])
+    assert cut.prompt.endswith("### Response:\n")
+    assert len(encode(tokenizer, [cut.prompt])["input_ids"][0]) <= TEXT.max_prompt_tokens
+    assert (cut.prompt_cut, whole.prompt_cut) == (True, False)
+    assert whole.prompt == full_prompt(RECORDS[0], "short")
+
+
+def test_sentencepiece_answers_begin_without_a_space():
+    tokenizer = sentencepiece()
+    model = model_of("gpt2", tokenizer, positions=400)
+    wanted = encode(tokenizer, ["Kelmor has two rivers"])["input_ids"][0]
+    assert tokenizer.convert_ids_to_tokens(wanted)[0].startswith("▁")
+    model.lm_head.register_forward_hook(_Scripted([*wanted, tokenizer.eos_token_id]))
+    (answer,) = run(model, GREEDY, records=RECORDS[:1], tokenizer=tokenizer, text=Text(max_prompt_tokens=300))
+    assert answer.prediction == "Kelmor has two rivers"
+    assert (answer.tokens, answer.stop) == (len(wanted) + 1, "eos")
+
+
+class _Scripted:
+    """Writes the next of some tokens at each step, whatever the model says."""
+
+    def __init__(self, tokens):
+        self.tokens = iter(tokens)
+
+    def __call__(self, module, inputs, logits):
+        logits = torch.zeros_like(logits)
+        logits[:, -1, next(self.tokens)] = 1.0
+        return logits
+
+
+def test_progress_sees_the_longest_prompts_first():
+    model = model_of("gpt2", byte_level())
+    seen = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append([len(RECORDS[row].instruction) for row in batch])
+            yield batch
+
+    found = generate(model, byte_level(), RECORDS, GREEDY, TEXT, 0, 5, progress)
+    lengths = [length for batch in seen for length in batch]
+    assert [len(batch) for batch in seen] == [5, 5, 5, 1]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [answer.id for answer in found] == [one.id for one in RECORDS]
+
+
+def test_answers_become_records_and_empty_ones_are_dropped():
+    model, tokenizer = model_of("gpt2", byte_level()), byte_level()
+    space, end = encode(tokenizer, [" "])["input_ids"][0], tokenizer.eos_token_id
+    written = generate(model, tokenizer, RECORDS, GREEDY, TEXT, 0, 16)
+    kept, dropped = answers(model, tokenizer, RECORDS, GREEDY, TEXT, 0, 16)
+    assert dropped == 0
+    assert [one.outputs for one in kept] == [(answer.prediction.strip(),) for answer in written]
+    assert [replace(one, outputs=()) for one in kept] == [replace(one, outputs=()) for one in RECORDS]
+    model.lm_head.register_forward_hook(_Silent(space[0], end))
+    with pytest.raises(UserError, match="empty"):
+        answers(model, tokenizer, RECORDS[:2], GREEDY, TEXT, 0, 1)
+
+
+class _Silent:
+    """Writes a space and ends."""
+
+    def __init__(self, *tokens):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, module, inputs, logits):
+        logits = torch.zeros_like(logits)
+        logits[..., self.tokens[self.step % 2]] = 1.0
+        self.step += 1
+        return logits
+
+
+def test_files_give_back_what_was_written(tmp_path):
+    written = run(model_of("gpt2", byte_level()))
+    written = [
+        *written,
+        replace(written[0], prediction='quote " back \\ line\u2028 \n\ttab \x00 😀', references=["a", "ü"]),
+    ]
+    path = tmp_path / "decode10" / "predictions.jsonl"
+    write_predictions(path, written)
+    assert read_predictions(path) == written
+    assert [file.name for file in path.parent.iterdir()] == ["predictions.jsonl"]
+
+
+def test_damaged_files_are_told_by_line(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(UserError, match="is missing"):
+        read_predictions(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        read_predictions(path)
+    write_predictions(path, run(model_of("gpt2", byte_level()), records=RECORDS[:2]))
+    whole = path.read_text()
+    for damaged in (whole[:-40], whole.replace('"stop"', '"halt"'), whole + "[1]\n"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"predictions\.jsonl:\d: no prediction"):
+            read_predictions(path)
