@@ -344,4 +344,4 @@ def tell_success():
 def tell_failure(snakemake_logs):
     from kdbench import summary
 
-    print(summary.failure(snakemake_logs[-1] if snakemake_logs else None))
+    print(summary.failure(snakemake_logs))

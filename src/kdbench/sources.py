@@ -75,7 +75,7 @@ def _link(settings: PathModel, part: Path) -> None:
 def _download(settings: HubModel, part: Path) -> None:
     """Fetch into a folder of this revision beside `part`, which stays when the download breaks off: the next attempt goes on from there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"{settings.repository}@{settings.revision[:8]}"
     fetched = part.with_name(f"{part.stem}.{settings.revision}")
@@ -93,8 +93,10 @@ def _download(settings: HubModel, part: Path) -> None:
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"{name}: the hub has no such model, or it is private (HF_TOKEN)") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name}: the model has no such commit; `revision` is one of its history on the hub") from None
     except (HTTPError, OSError) as error:
-        raise UserError(f"{name} cannot be fetched: {_first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched: {_first_line(error).removeprefix('Got: ')}") from None
     shutil.rmtree(fetched / ".cache")
     os.replace(fetched, part)
 

@@ -153,6 +153,13 @@ def test_score_files_in_unknown_places_are_an_error(tmp_path):
         tables.collect([str(tmp_path / "scores.json")])
 
 
+def test_a_missing_long_table_is_an_error(tmp_path):
+    rows = shown(tmp_path)
+    Path(rows[1]["scores"]).unlink()
+    with pytest.raises(UserError, match=r"sft\.csv is missing"):
+        tables.join(rows)
+
+
 def page(rows, settings=SETTINGS, alignments=None) -> str:
     scores = tables.join(rows)
     return tables.to_markdown(tables.summarise(scores), tables.notes(settings, alignments or {}, scores))

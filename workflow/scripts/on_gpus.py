@@ -7,6 +7,7 @@ the kernel gives them back when the command ends, however it ends.
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ def devices() -> list[str]:
     """Indices of this machine's GPUs, or those that CUDA_VISIBLE_DEVICES leaves of them."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
+    if not shutil.which("nvidia-smi"):
+        return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
 

@@ -45,16 +45,22 @@ def join(shown: Sequence[dict]):
     Args:
         shown: rows of the table to be, in order: `experiment`, `method`, `student`, `teacher`, `objective`, `variant`, and `scores`, the
             path of a long table of `collect`.
+
+    Raises:
+        UserError: such a table is missing.
     """
     import pandas as pd
 
     frames = []
     for row in shown:
-        frame = pd.read_csv(
-            row["scores"],
-            dtype={"training_seed": "string", "decode_seed": "string", "dataset": "string"},
-            keep_default_na=False,
-        )
+        try:
+            frame = pd.read_csv(
+                row["scores"],
+                dtype={"training_seed": "string", "decode_seed": "string", "dataset": "string"},
+                keep_default_na=False,
+            )
+        except FileNotFoundError:
+            raise UserError(f"{row['scores']} is missing: run the rule `collect_scores`") from None
         named = {key: row[key] for key in KEYS} | ({"student": ""} if row["method"] == "teacher" else {})
         frames.append(frame.assign(**named)[[*KEYS, *frame.columns]])
     return pd.concat(frames, ignore_index=True)

@@ -98,7 +98,7 @@ class Loop:
         """One optimizer step on a global batch; whether to stop, and whether to write a checkpoint, as all processes agree."""
         began = time.monotonic()
         job, position, world = self.job, self.position, self.processes.world
-        _reseed(job.seed, position.step, self.processes.rank)
+        _reseed(job.seed, position.step, self.processes)
         parts = batches.split(rows, self.lengths, self.processes.rank, world, job.hardware.micro_batch_size)
         tokens = int(self.responses[rows].sum())
         found = [self._accumulate(part, rows, world / tokens, last=part is parts[-1]) for part in parts]
@@ -188,6 +188,9 @@ class Loop:
         self._needed = max(self._needed, self._saved - began)
 
 
-def _reseed(seed: int, step: int, rank: int) -> None:
-    (state,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state >> np.uint64(1)))
+def _reseed(seed: int, step: int, processes: Processes) -> None:
+    """The generators that dropout draws from; `torch.manual_seed` asks for every kind of device that there might be, a millisecond each step."""
+    (state,) = np.random.SeedSequence([seed, step, processes.rank]).generate_state(1, np.uint64)
+    torch.default_generator.manual_seed(int(state >> np.uint64(1)))
+    if processes.device.type == "cuda":
+        torch.cuda.manual_seed(int(state >> np.uint64(1)))
