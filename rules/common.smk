@@ -212,6 +212,12 @@ def student_of(wildcards):
     return model_of(experiment_of(wildcards).student)
 
 
+def pair_of(wildcards):
+    """Student and untuned teacher: the models whose tokenizers share an experiment's texts."""
+    chosen = experiment_of(wildcards)
+    return [model_of(chosen.student), model_of(CONFIG.teachers[chosen.teacher].model)]
+
+
 def teacher_of(wildcards):
     return tuned_teacher(experiment_of(wildcards).teacher)
 

@@ -121,10 +121,11 @@ rule generate_answers:
 
 
 rule tokenize_answers:
+    """Prompts are cut for student and teacher together, as for every other method of the experiment."""
     input:
         script="workflow/scripts/tokenize_data.py",
         records="results/{experiment}/methods/{method}/answers/manifest.json",
-        models=student_of,
+        models=pair_of,
     output:
         "results/{experiment}/methods/{method}/tokens/manifest.json",
     log:

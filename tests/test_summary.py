@@ -200,8 +200,18 @@ def test_a_retry_that_fails_too_is_told(tmp_path):
     assert list(by_job(summary.failure(run_log(tmp_path, *tried)))) == ["score"]
 
 
-def test_without_a_log(tmp_path):
-    assert summary.failure([]).splitlines() == ["", summary.failure([]).splitlines()[-1]]
+@pytest.mark.parametrize("logs", [[], ["absent.log"], ["."]])
+def test_without_a_log(logs):
+    (empty, last) = summary.failure(logs).splitlines()
+    assert empty == ""
+    assert last.startswith("Run the same command again")
+
+
+def test_log_of_a_job_that_is_absent_or_no_text(tmp_path):
+    (tmp_path / "bytes.log").write_bytes(b"\xff\xfe error\n")
+    logs = run_log(tmp_path, error(3, "a", log=f"{tmp_path}/absent.log"), error(4, "b", log=f"{tmp_path}/bytes.log"))
+    told = by_job(summary.failure(logs))
+    assert told == {f"a (log: {tmp_path}/absent.log)": [], f"b (log: {tmp_path}/bytes.log)": ["\ufffd\ufffd error"]}
 
 
 def test_long_tables_are_not_shown(tmp_path):

@@ -59,15 +59,15 @@ def create(settings: InitModel, tokenizer):
     keys["eos_token_id"] = tokenizer.eos_token_id
     try:
         config = AutoConfig.for_model(**keys)
+        if config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"vocab_size {config.vocab_size} of the architecture is smaller than its tokenizer ({len(tokenizer)} tokens)"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"architecture {json.dumps(settings.architecture)} is not understood: {error}") from None
-    if config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"vocab_size {config.vocab_size} of the architecture is smaller than its tokenizer ({len(tokenizer)} tokens)"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def load_tokenizer(folder, trust_remote_code: bool = False):
@@ -84,6 +84,10 @@ def load_tokenizer(folder, trust_remote_code: bool = False):
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+    if len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # transformers makes an empty one where there are no files of one
+        raise UserError(f"{folder}: it holds no tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token")
     return tokenizer

@@ -226,6 +226,13 @@ class Decoding(Settings):
     max_new_tokens: Annotated[Int, Field(ge=1)] = Field(256, description="tokens of an answer at most")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the weights while generating")
 
+    @field_validator("no_repeat_ngram_size")
+    @classmethod
+    def _no_single_tokens(cls, size: int) -> int:
+        if size == 1:  # and, in a batch, the end of text, which pads the shorter prompts
+            raise ValueError("1 would forbid every token of the prompt; 0 forbids none, or take 2 or more")
+        return size
+
 
 class Evaluation(Decoding):
     """What the finished models write, and how it is scored."""

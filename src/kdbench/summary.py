@@ -101,7 +101,7 @@ def failure(logs: Sequence) -> str:
     Args:
         logs: Snakemake's own log files of the run, as `onerror` has them in `log`.
     """
-    text = "".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)
+    text = "".join(_text(Path(log)) for log in logs)
     failures = list(dict.fromkeys(_failures(text)))
     lines = [""]
     for one in failures[:_JOBS]:
@@ -137,11 +137,16 @@ def _restarts(job: str, later: str) -> bool:
     return f"Trying to restart job {job}." in later
 
 
+def _text(log: Path) -> str:
+    """What a log says; nothing where it cannot be read, since a summary must not be one more failure."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def _tail(log: Path) -> list[str]:
-    if not log.is_file():
-        return []
-    content = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-    return [line for line in content.splitlines() if line.strip()][-_LINES:]
+    return [line for line in _text(log).replace("\r", "\n").splitlines() if line.strip()][-_LINES:]
 
 
 def _hints(text: str) -> list[str]:

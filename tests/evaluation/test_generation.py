@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from kdbench import models
-from kdbench.data.records import Record
+from kdbench.data.records import Record, clean_output
 from kdbench.data.text import encode, full_prompt
 from kdbench.errors import UserError
-from kdbench.evaluation.generation import GumbelNoise, answers, generate, read_predictions, write_predictions
+from kdbench.evaluation.generation import GumbelNoise, answers, generate
 from kdbench.settings import Decoding, Lora, Text
-from tests.data.tokenizers import byte_level, characters, sentencepiece
+from tests.data.tokenizers import HARD, byte_level, characters, sentencepiece
+from tests.shared import SHARED, needs_shared
 
 GREEDY = Decoding(temperature=0.0, max_new_tokens=12)
 SAMPLED = Decoding(temperature=1.0, max_new_tokens=12)
+LONG = Decoding(temperature=0.0, max_new_tokens=150)
 TEXT = Text(template="short", max_prompt_tokens=60, max_tokens=90)
 
 
@@ -28,8 +30,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def model_of(kind: str, tokenizer, positions: int = 128, rows: int | None = None):
-    """A random model that now and then ends a text."""
+def model_of(kind: str, tokenizer, positions: int = 128, rows: int | None = None, ends: float = 1.0):
+    """A random model; the larger `ends`, the larger the logit of the end of text, whatever its sign."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -41,7 +43,10 @@ def model_of(kind: str, tokenizer, positions: int = 128, rows: int | None = None
     config = AutoConfig.for_model(
         kind, vocab_size=rows or len(tokenizer), initializer_range=0.35, use_cache=False, **sizes[kind]
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= ends
+    return model
 
 
 def record(number: int, words: int) -> Record:
@@ -63,9 +68,10 @@ def run(model, decoding=SAMPLED, seed=10, batch_size=16, records=RECORDS, tokeni
     "decoding", [GREEDY, SAMPLED, Decoding(temperature=0.7, top_k=50, top_p=0.9, max_new_tokens=12)]
 )
 def test_batch_size_and_company_change_nothing(kind, decoding):
-    model = model_of(kind, byte_level())
+    model = model_of(kind, byte_level(), ends={"gpt2": 1.5, "qwen2": 3.0}[kind])
     whole = run(model, decoding)
     assert len({answer.prediction for answer in whole}) > 3
+    assert {answer.stop for answer in whole} == {"eos", "length"}  # some rows end before others
     for batch_size in (1, 3):
         assert run(model, decoding, batch_size=batch_size) == whole
     assert run(model, decoding, records=RECORDS[::-1]) == whole[::-1]
@@ -187,6 +193,22 @@ def test_repeated_ngrams_can_be_forbidden():
         assert run(model, decoding, tokenizer=tokenizer, text=text, batch_size=3) == found
 
 
+def test_ngrams_are_counted_as_transformers_does():
+    """Those of the prompt too; the padding of a batch adds none."""
+    model, tokenizer = model_of("gpt2", byte_level()), byte_level()
+    end = tokenizer.eos_token_id
+    for size in (2, 3):
+        found = run(model, GREEDY.model_copy(update={"no_repeat_ngram_size": size}))
+        assert found != run(model, GREEDY)
+        for answer, one in zip(found, RECORDS, strict=True):
+            ids = torch.tensor(encode(tokenizer, [full_prompt(one, "short")])["input_ids"])
+            options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), no_repeat_ngram_size=size, **options)
+            assert answer.prediction == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="1 would forbid every token"):
+        Decoding(no_repeat_ngram_size=1)
+
+
 def _repeats(letters: str) -> bool:
     pairs = list(pairwise(letters))
     return len(set(pairs)) < len(pairs)
@@ -243,6 +265,32 @@ def test_sentencepiece_answers_begin_without_a_space():
     assert (answer.tokens, answer.stop) == (len(wanted) + 1, "eos")
 
 
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2-7b", "mistral-7b-v0.1", "tinyllama-1.1b-3t", "qwen1.5-1.8b", "gpt2"])
+def test_answers_of_real_tokenizers_lose_nothing(name):
+    """An answer comes back as the text that a model learned to write, but for the white space around it."""
+    tokenizer = models.load_tokenizer(SHARED / "tokenizers" / name)
+    model = model_of("gpt2", tokenizer, positions=400)
+    for wanted in ("Paris", "  two spaces", *HARD):
+        wanted = clean_output(wanted)
+        ids = encode(tokenizer, [wanted])["input_ids"][0]
+        hook = model.lm_head.register_forward_hook(_Scripted([*ids, tokenizer.eos_token_id]))
+        (answer,) = run(model, LONG, records=RECORDS[:1], tokenizer=tokenizer, text=Text(max_prompt_tokens=100))
+        hook.remove()
+        assert answer.prediction == wanted
+        assert answer.stop == "eos"
+
+
+def test_special_tokens_are_no_text():
+    tokenizer = byte_level()
+    model = model_of("gpt2", tokenizer)
+    words = encode(tokenizer, ["two", " rivers"])["input_ids"]
+    script = [*words[0], tokenizer.pad_token_id, *words[1], tokenizer.eos_token_id]
+    model.lm_head.register_forward_hook(_Scripted(script))
+    (answer,) = run(model, GREEDY, records=RECORDS[:1])
+    assert (answer.prediction, answer.tokens) == ("two rivers", len(script))
+
+
 class _Scripted:
     """Writes the next of some tokens at each step, whatever the model says."""
 
@@ -295,30 +343,3 @@ class _Silent:
         logits[..., self.tokens[self.step % 2]] = 1.0
         self.step += 1
         return logits
-
-
-def test_files_give_back_what_was_written(tmp_path):
-    written = run(model_of("gpt2", byte_level()))
-    written = [
-        *written,
-        replace(written[0], prediction='quote " back \\ line\u2028 \n\ttab \x00 😀', references=["a", "ü"]),
-    ]
-    path = tmp_path / "decode10" / "predictions.jsonl"
-    write_predictions(path, written)
-    assert read_predictions(path) == written
-    assert [file.name for file in path.parent.iterdir()] == ["predictions.jsonl"]
-
-
-def test_damaged_files_are_told_by_line(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    with pytest.raises(UserError, match="is missing"):
-        read_predictions(path)
-    path.write_text("")
-    with pytest.raises(UserError, match="is empty"):
-        read_predictions(path)
-    write_predictions(path, run(model_of("gpt2", byte_level()), records=RECORDS[:2]))
-    whole = path.read_text()
-    for damaged in (whole[:-40], whole.replace('"stop"', '"halt"'), whole + "[1]\n"):
-        path.write_text(damaged)
-        with pytest.raises(UserError, match=r"predictions\.jsonl:\d: no prediction"):
-            read_predictions(path)

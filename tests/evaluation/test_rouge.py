@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from kdbench.evaluation.generation import Prediction
+from kdbench.evaluation.predictions import Prediction
 from kdbench.evaluation.rouge import rouge_l, score
-from tests.shared import SHARED, needs_shared
+from tests.golden.golden import FOLDER, needs_golden
 
 
 def predicted(text: str, references, stop: str = "eos", tokens: int = 3, cut: bool = False) -> Prediction:
     return Prediction("set/1", "prompt", cut, text, list(references), tokens, stop)
 
 
-@needs_shared
+@needs_golden
 def test_equals_the_published_metric():
-    golden = json.loads((SHARED / "golden/rouge.json").read_text())
+    golden = json.loads((FOLDER / "rouge.json").read_text())
     predictions = [predicted(*pair) for pair in zip(golden["predictions"], golden["references"], strict=True)]
     scores = score(predictions, stemmer=True)
     assert [item["rouge_l"] for item in scores["items"]] == [item["rougeL"] for item in golden["per_item"]]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ TEXTS = ["the red cat sat on the mat and saw another red cat", "a dog ran after 
 VOCABULARY = 280
 TEACHER_VOCABULARY = 290
 ROWS, DEV_ROWS = 22, 7
+POISON = 277  # a token that the broken student cannot read
 TRAINING = {
     "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "projector_learning_rate": 5e-3, "warmup": 0.2, "weight_decay": 0.05,
     "clip_norm": 0.7, "precision": "fp32", "teacher": "live",
@@ -40,7 +42,8 @@ METHODS = {
 
 
 def make_models(folder: Path) -> None:
-    """A student without and one with dropout, and two teachers: with the student's tokenizer, and with another."""
+    """Students without and with dropout, with a head of their own, with an embedding of one token that is not a number; two teachers, with
+    the student's tokenizer and with another."""
     shared = models.train_tokenizer(TEXTS, TrainedTokenizer(train_on="x", vocabulary_size=VOCABULARY))
     other = models.train_tokenizer(TEXTS, TrainedTokenizer(train_on="x", vocabulary_size=TEACHER_VOCABULARY))
     gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
@@ -57,12 +60,16 @@ def make_models(folder: Path) -> None:
         "student": (gpt2 | still, shared, 0),
         "dropout": (gpt2, shared, 0),
         "untied": (qwen2, shared, 3),
+        "broken": (qwen2, shared, 3),
         "teacher": (gpt2 | still | {"n_embd": 24}, shared, 1),
         "other": (qwen2, other, 2),
     }
     for name, (architecture, tokenizer, seed) in made.items():
         settings = InitModel(source="init", architecture=architecture, tokenizer="-", seed=seed)
-        models.create(settings, tokenizer).save_pretrained(folder / name)
+        model = models.create(settings, tokenizer)
+        if name == "broken":
+            model.get_input_embeddings().weight.data[POISON] = torch.nan
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
@@ -123,6 +130,15 @@ def make_job(
         method_settings=METHODS[method],
         **more,
     )
+
+
+def poisoned(job: Job) -> Job:
+    """The same job, but record 3 of the training data, and no other, has the token that the broken student cannot read."""
+    ids = np.where(job.train.student.ids == POISON, 5, job.train.student.ids)
+    ids[job.train.student.starts[3]] = POISON
+    train_side = replace(job.train.student, ids=ids)
+    dev_side = replace(job.dev.student, ids=job.dev.student.ids.clip(max=POISON - 1))
+    return replace(job, train=replace(job.train, student=train_side), dev=replace(job.dev, student=dev_side))
 
 
 def metrics(output, key="gradient_norm") -> list[float]:
@@ -196,4 +212,5 @@ if __name__ == "__main__":  # jobs.py OPTIONS: a JSON object with the arguments 
     if "stop_in" in options:
         _stop_in(*options.pop("stop_in"))
     engines.DeepSpeed.persistent = options.pop("persistent", engines.DeepSpeed.persistent)
-    train(make_job(**options))
+    poison = options.pop("poison", False)
+    train(poisoned(make_job(**options)) if poison else make_job(**options))

@@ -90,7 +90,7 @@ def test_bf16_is_near_fp32(reference, models_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "dskd", "uld-byte"])
+@pytest.mark.parametrize("method", ["dskd", "uld-byte"])
 def test_two_processes(method, reference, models_folder, tmp_path):
     jobs.launch_processes(output=tmp_path, folder=models_folder, method=method, training=LAST)
     assert_same(tmp_path, reference(method))
@@ -118,11 +118,10 @@ def test_deepspeed_two_processes(stage, reference, models_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("student", ["student", "untied"])
-def test_deepspeed_heads(stage, student, reference, models_folder, tmp_path):
+def test_sharded_heads(student, reference, models_folder, tmp_path):
     """Tied and untied heads, whose weights the losses read, with recomputed activations; fine-tuning, where nothing else hides an error."""
-    hardware = {"engine": "deepspeed", "zero_stage": stage, "gradient_checkpointing": True}
+    hardware = {"engine": "deepspeed", "zero_stage": 3, "gradient_checkpointing": True}
     jobs.launch_processes(
         output=tmp_path, folder=models_folder, student=student, training=LAST, hardware=hardware, persistent=0
     )

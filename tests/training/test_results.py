@@ -172,44 +172,23 @@ def test_metrics_and_arguments_tell_all(models_folder, tmp_path):
     assert arguments["versions"]["torch"] == torch.__version__
 
 
-@pytest.fixture
-def broken_student(models_folder, tmp_path):
-    """A student whose embedding of one token, which only record 3 has, is not a number."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(models_folder / "untied")
-    model.get_input_embeddings().weight.data[277] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    AutoTokenizer.from_pretrained(models_folder / "untied").save_pretrained(tmp_path / "broken")
-    return tmp_path / "broken"
+NOT_FINITE = r"step \d+, method sft: not finite: ce of records 3; loss of records 3 .*(step-\d+|no checkpoint)"
+STEP_BY_STEP = {"training": {"batch_size": 2}, "hardware": {"micro_batch_size": 1, "checkpoint_seconds": 0}}
 
 
-def poisoned(job, student):
-    side = job.train.student
-    ids = side.ids.copy()
-    ids[ids == 277] = 5
-    ids[side.starts[3]] = 277
-    side = replace(side, ids=ids)
-    dev = replace(job.dev.student, ids=job.dev.student.ids.clip(max=270))
-    return replace(
-        job, student=student, train=replace(job.train, student=side, teacher=side), dev=replace(job.dev, student=dev)
-    )
+def test_a_loss_that_is_no_number_names_step_component_and_records(models_folder, tmp_path):
+    job = jobs.poisoned(jobs.make_job(tmp_path, models_folder, student="broken", **STEP_BY_STEP))
+    with pytest.raises(UserError, match=NOT_FINITE):
+        train(job)
+    assert re.search(NOT_FINITE, (tmp_path / "train.log").read_text())
+    assert not (tmp_path / "model").exists()
 
 
-def test_a_loss_that_is_no_number_names_step_component_and_records(models_folder, broken_student, tmp_path):
-    job = jobs.make_job(
-        tmp_path / "run",
-        models_folder,
-        training={"batch_size": 2},
-        hardware={"micro_batch_size": 1, "checkpoint_seconds": 0},
-    )
-    with pytest.raises(
-        UserError,
-        match=r"step \d+, method sft: not finite: ce of records 3; loss of records 3 .*(step-\d+|no checkpoint)",
-    ):
-        train(poisoned(job, broken_student))
-    assert "not finite" in (tmp_path / "run" / "train.log").read_text()
-    assert not (tmp_path / "run" / "model").exists()
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_all_processes(models_folder, tmp_path):
+    options = {"output": tmp_path, "folder": models_folder, "student": "broken", "poison": True, "expected": 1}
+    said = jobs.launch_processes(**options, **STEP_BY_STEP)
+    assert len(re.findall(f"UserError: {NOT_FINITE}", said)) == 2, "each of the two processes says the same"
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(models_folder, tmp_path, monkeypatch):

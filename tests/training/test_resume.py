@@ -238,8 +238,9 @@ def test_two_processes_stop_together_and_go_on(engine, models_folder, tmp_path):
     """A signal to one process stops both after the same step; the dropout of each goes on as if nothing had happened."""
     options = OPTIONS | {"folder": models_folder, "hardware": {"engine": engine, "zero_stage": 2}}
     launch_processes(output=tmp_path / "whole", **options)
-    stopped = launch_processes(output=tmp_path / "run", stop_in=[1, 2], expected=1, **options)
-    assert stopped.count("SystemExit") == 0
+    launch_processes(
+        output=tmp_path / "run", stop_in=[1, 2], expected=1, **options
+    )  # torchrun turns every failure into 1
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
     launch_processes(output=tmp_path / "run", **options)
     assert_equal(tmp_path / "run", tmp_path / "whole")

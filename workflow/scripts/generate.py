@@ -5,7 +5,7 @@ import json
 
 from kdbench import cli, files, models, progress
 from kdbench.data import records
-from kdbench.evaluation import generation
+from kdbench.evaluation import generation, predictions
 from kdbench.settings import Decoding, Hardware, Text
 
 
@@ -21,7 +21,7 @@ def main():
     hardware = Hardware.model_validate_json(options.hardware)
     decoding = Decoding.model_validate(options.settings["decoding"])
     model, tokenizer = models.for_inference(options.model, hardware, decoding.precision)
-    predictions = generation.generate(
+    answers = generation.generate(
         model,
         tokenizer,
         records.load(files.folder_of(options.records)),
@@ -31,7 +31,7 @@ def main():
         hardware.generation_batch_size,
         progress.over("answers"),
     )
-    generation.write_predictions(options.output, predictions)
+    predictions.write(options.output, answers)
 
 
 cli.run(main)

@@ -3,7 +3,7 @@
 import argparse
 
 from kdbench import cli, files
-from kdbench.evaluation import generation, rouge
+from kdbench.evaluation import predictions, rouge
 
 
 def main():
@@ -12,7 +12,7 @@ def main():
     parser.add_argument("--stemmer", action="store_true", help="compare Porter stems, as published")
     parser.add_argument("--output", required=True, metavar="FILE", help="scores.json to write")
     options = parser.parse_args()
-    files.write_json(options.output, rouge.score(generation.read_predictions(options.predictions), options.stemmer))
+    files.write_json(options.output, rouge.score(predictions.read(options.predictions), options.stemmer))
 
 
 cli.run(main)

@@ -1,8 +1,7 @@
 """Answers of a model, by transformers' own generation, the same for every batch size."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,30 +10,8 @@ from kdbench import files
 from kdbench.data.records import Record, clean_output
 from kdbench.data.text import encode, fit_prompts, full_prompt
 from kdbench.errors import UserError
+from kdbench.evaluation.predictions import Prediction
 from kdbench.settings import Decoding, Text
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer.
-
-    Attributes:
-        id: of the record.
-        prompt: the text that the model read.
-        prompt_cut: whether that is less than the record's, which was too long.
-        prediction: the text that it wrote.
-        references: the reference responses.
-        tokens: tokens written, end of text included.
-        stop: "eos", or "length" where the limit cut it off.
-    """
-
-    id: str
-    prompt: str
-    prompt_cut: bool
-    prediction: str
-    references: list[str]
-    tokens: int
-    stop: str
 
 
 def generate(
@@ -191,31 +168,3 @@ class GumbelNoise:
         for row, generator in zip(uniform, self._generators, strict=True):
             row.uniform_(generator=generator)
         return scores.float() - uniform.log_().neg_().log_().float()
-
-
-def write_predictions(path, predictions: Sequence[Prediction]) -> None:
-    """JSONL, a line for each answer, all or nothing."""
-    files.write_text(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions))
-
-
-def read_predictions(path) -> list[Prediction]:
-    """What `write_predictions` wrote.
-
-    Raises:
-        UserError: the file is missing, empty or damaged; names the line.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = [_parsed(path, number, line) for number, line in enumerate(file, 1)]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the rule `generate`") from None
-    if not found:
-        raise UserError(f"{path} is empty: delete it and run again")
-    return found
-
-
-def _parsed(path, number: int, line: str) -> Prediction:
-    try:
-        return Prediction(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path}:{number}: no prediction ({error}): delete the file and run again") from None

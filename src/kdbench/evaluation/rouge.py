@@ -26,7 +26,7 @@ def score(predictions: Sequence, stemmer: bool = True) -> dict:
     """Scores of one set of answers.
 
     Args:
-        predictions: `kdbench.evaluation.generation.Prediction`, at least one.
+        predictions: `kdbench.evaluation.predictions.Prediction`, at least one.
         stemmer: see `rouge_l`.
 
     Returns:

@@ -189,7 +189,7 @@ class Loop:
 
 
 def _reseed(seed: int, step: int, processes: Processes) -> None:
-    """The generators that dropout draws from; `torch.manual_seed` asks for every kind of device that there might be, a millisecond each step."""
+    """Seed what dropout draws from; `torch.manual_seed` turns to every kind of device that there might be, a millisecond each time."""
     (state,) = np.random.SeedSequence([seed, step, processes.rank]).generate_state(1, np.uint64)
     torch.default_generator.manual_seed(int(state >> np.uint64(1)))
     if processes.device.type == "cuda":

@@ -32,15 +32,21 @@ class Progress:
 
     def say(self, message: str) -> None:
         """One line for people, in train.log and on the terminal."""
+        line = self.log(message)
         if self._silent:
             return
-        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}"
-        self._log.write(line + "\n")
-        self._log.flush()
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
         else:
             self._bar.write(line, file=sys.stderr)
+
+    def log(self, message: str) -> str:
+        """One line for people, in train.log alone; what it looks like there."""
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {message}"
+        if not self._silent:
+            self._log.write(line + "\n")
+            self._log.flush()
+        return line
 
     def begin(self, step: int, total: int) -> None:
         """Start after so many steps: metrics of later ones, from an attempt that got further, are taken back."""

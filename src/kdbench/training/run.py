@@ -20,6 +20,7 @@ from kdbench.training.loop import Loop
 from kdbench.training.processes import Processes, start
 from kdbench.training.progress import Progress
 
+_PATIENCE = 10.0  # seconds that a training whose Snakemake was killed may take for its last step and checkpoint
 _PACKAGES = ("kdbench", "torch", "transformers", "peft", "deepspeed", "tokenizers", "safetensors", "numpy")
 
 
@@ -41,7 +42,7 @@ def train(job: Job) -> None:
         try:
             _train(job, processes, progress)
         except UserError as error:
-            progress.say(f"error: {error}")
+            progress.log(f"error: {error}")  # the script tells the terminal
             raise
         finally:
             progress.close()
@@ -56,7 +57,7 @@ def _lock(job: Job, processes: Processes) -> Lock | None:
     lock = problem = None
     if processes.rank == 0:
         try:
-            lock = Lock(Path(job.output) / ".lock", f"the training of {job.output}")
+            lock = Lock(Path(job.output) / ".lock", f"the training of {job.output}", _PATIENCE)
         except UserError as error:
             problem = str(error)
     problem = processes.share(problem)

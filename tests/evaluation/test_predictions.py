@@ -1,0 +1,58 @@
+"""The file of answers gives back what was written, or says which line is damaged."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kdbench.errors import UserError
+from kdbench.evaluation import predictions
+from kdbench.evaluation.predictions import Prediction
+
+PLAIN = Prediction("set/1", "Name it.", False, "two rivers", ["a river", "two"], 4, "eos")
+HARD = Prediction("set/2", "a\nb", True, 'quote " back \\ line\u2028 \n\ttab \x00 \r 😀 \ufffd', [""], 256, "length")
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "decode10" / "predictions.jsonl"
+    predictions.write(path, [PLAIN, HARD])
+    assert predictions.read(path) == [PLAIN, HARD]
+    assert len(path.read_bytes().splitlines()) == 2
+    assert [file.name for file in path.parent.iterdir()] == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"id": "set/2", "prompt": "x", "pred',
+        b"[1]",
+        b"",
+        json.dumps({"id": "set/2"}).encode(),
+        json.dumps({"halt": "eos"}).encode(),
+        b'{"id": "\xff"}',
+    ],
+)
+def test_damaged_lines_are_told(tmp_path, line):
+    path = tmp_path / "predictions.jsonl"
+    predictions.write(path, [PLAIN])
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(UserError, match=r"predictions\.jsonl:2: no prediction") as told:
+        predictions.read(path)
+    assert "\n" not in str(told.value)
+
+
+def test_missing_and_empty_files(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(UserError, match="is missing: run the rule `generate`"):
+        predictions.read(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        predictions.read(path)
+
+
+def test_scoring_does_not_wait_for_torch():
+    script = (
+        "import sys; import kdbench.evaluation.predictions, kdbench.evaluation.rouge; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
