@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 LOCK := envs/requirements.lock
 WITH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test env lint format docs clean
+.PHONY: demo test quick env lint format docs clean
 
 ## the embedded experiment, from nothing to results/table.csv
 demo: env
@@ -28,8 +28,11 @@ new-env:
 
 ## lint, formatting, the whole test suite
 test: lint
-	$(WITH) python -m pytest -m "not slow" -n 2 --dist loadfile
-	$(WITH) python -m pytest -m slow --durations 15
+	$(WITH) python -m pytest -n 2 --dist loadgroup --durations 20
+
+## the tests that take seconds
+quick: env
+	$(WITH) python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: env
 	$(WITH) ruff check .

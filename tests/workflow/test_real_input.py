@@ -26,7 +26,7 @@ from tests.workflow.conftest import fresh
 pytestmark = [pytest.mark.slow, pytest.mark.workflow, needs_shared]
 
 DATA = {  # name -> file, rows
-    "train": ("dolly/train.jsonl", 64),
+    "train": ("dolly/train.jsonl", 32),
     "dev": ("dolly/dev.jsonl", 16),
     "dolly": ("dolly/valid.jsonl", 8),
     "sinst": ("sinst/11_/valid.jsonl", 8),
@@ -229,7 +229,7 @@ def test_cache(folder, teacher, student, dtype, tolerance):
     assert states["starts"].tolist() == tokens.response_starts.tolist()
     assert head.keys() == {"weight"}  # embeddings are tied
     assert torch.equal(head["weight"], model.get_output_embeddings().weight)
-    for row in (0, 31, 63):
+    for row in (0, 15, 31):
         ids = torch.tensor(tokens.row(row))[None].long()
         with torch.no_grad():
             expected = model.model(input_ids=ids).last_hidden_state[0, tokens.prompt_lengths[row] - 1 : -1]
@@ -242,7 +242,7 @@ def test_answers(folder):
     where = folder / "results/cross/methods/seqkd"
     records = {record["id"]: record for record in read_lines(folder / "resources/data/train/records.jsonl")}
     answers = read_lines(where / "answers/records.jsonl")
-    assert len(answers) + read_manifest(where / "answers")["empty_answers"] == len(records) == 64
+    assert len(answers) + read_manifest(where / "answers")["empty_answers"] == len(records) == 32
     tokens = Tokens.load(where / "tokens")
     assert tokens.rows == len(answers) > 0
     for index, answer in enumerate(answers):
@@ -267,7 +267,7 @@ def test_trained_model(folder, run):
         assert value.isfinite().all()
         assert not torch.equal(value, weights[key]), key
     steps = [line for line in read_lines(folder / "results" / run / "metrics.jsonl") if "loss" in line]
-    assert len(steps) == 4
+    assert len(steps) == 2
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 

@@ -71,7 +71,9 @@ class Progress:
         self.record(metrics)
         if self._bar is not None:
             self._bar.update()
-            self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s", refresh=False
+            )
         elif time.monotonic() - self._said > _INTERVAL:
             self._said = time.monotonic()
             self.say(
