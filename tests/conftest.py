@@ -4,7 +4,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)  # the longest ones first, or the last worker ends late
+    items.sort(
+        key=lambda item: item.get_closest_marker("workflow") is None
+    )  # the longest ones first, or the last worker ends late
     for item in items:
         group = "finished" if "finished" in item.fixturenames else item.location[0]
         item.add_marker(pytest.mark.xdist_group(group))

@@ -278,6 +278,21 @@ def check_head(model, tokenizer) -> None:
         )
 
 
+def check_positions(model, longest: int) -> None:
+    """Make sure that a model has a position for every token of the texts it is to read.
+
+    Args:
+        model: causal language model.
+        longest: tokens of the longest text.
+
+    Raises:
+        UserError: it has not.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(f"the model has {limit} positions, the longest record {longest} tokens: lower text.max_tokens")
+
+
 def linear(hidden: Tensor, of: Head) -> Tensor:
     """All logits at once, (..., V): for checks and small things; losses go through `losses.vocabulary`."""
     logits = hidden @ of.weight.to(hidden.dtype).T

@@ -102,6 +102,40 @@ def test_every_script_that_reads_files_is_tested():
     assert set(SCRIPTS) - NOTHING_THERE.keys() == {"configure.py"}
 
 
+@pytest.mark.slow
+def test_texts_longer_than_the_model(tmp_path):
+    """By hand, from data to training: what no configuration shows beforehand is told in one line, too."""
+    architecture = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    tokenizer = {"train_on": "data", "vocabulary_size": 300}
+    model = {"source": "init", "architecture": architecture, "tokenizer": tokenizer}
+    data = {"source": "embedded", "split": "train", "rows": 8}
+    (tmp_path / "config.json").write_text('{"method": {"name": "sft", "settings": {}}, "training": {}}')
+    for script, *arguments in (
+        ["prepare_data.py", "--source", json.dumps(data), "--name", "data", "--output", "data/manifest.json"],
+        ["download_model.py", "--source", json.dumps(model), "--text", "data", "--output", "model/manifest.json"],
+        [
+            "tokenize_data.py",
+            "--records",
+            "data",
+            "--models",
+            "model",
+            "--text",
+            "{}",
+            "--output",
+            "tokens/manifest.json",
+        ],
+    ):
+        result = call(tmp_path, script, *arguments)
+        assert result.returncode == 0, result.stderr
+    training = ["--seed", "1", "--model", "model", "--train", "tokens", "--dev", "tokens", *TO_FOLDER]
+    result = call(tmp_path, "sft.py", "--config", "config.json", "--hardware", '{"gpus": 0}', *training)
+    assert result.returncode == 2
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert re.match(r"error: the model has 64 positions, the longest record \d+ tokens: lower text.max_tokens", told[0])
+    assert "Traceback" not in result.stderr
+
+
 def unknown_method(workflow):
     workflow.change("experiments", "same", "methods", ["sft", "vanila_kd"])
 

@@ -26,6 +26,8 @@ def main():
         "--alignments", nargs="*", default=[], metavar="FOLDER", help="alignments of the pairs, for the notes"
     )
     options = parser.parse_args()
+    if options.markdown and not options.settings:
+        parser.error("--markdown needs --settings, for its notes")
     scores = tables.join(options.rows)
     table = tables.summarise(scores)
     tables.write_table(options.table, table)

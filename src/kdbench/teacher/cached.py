@@ -61,8 +61,9 @@ def write(
         The manifest.
 
     Raises:
-        UserError: the disk is too small; a hidden state is not finite.
+        UserError: the model has too few positions; the disk is too small; a hidden state is not finite.
     """
+    models.check_positions(model, int(tokens.lengths.max()))
     kept, name = _DTYPES[dtype]
     head = models.head(model, tokenizer_size)
     embedding = model.get_input_embeddings()

@@ -120,6 +120,7 @@ def _distiller(job: Job, method, settings) -> Distiller:
     tokenizer = models.load_tokenizer(job.student, job.trust_remote_code)
     student = models.load(job.student, trust_remote_code=job.trust_remote_code, train=True)
     models.check_head(student, tokenizer)
+    models.check_positions(student, max(int(tokens.student.lengths.max()) for tokens in (job.train, job.dev)))
     if job.hardware.gradient_checkpointing:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     shape = models.shape(student, tokenizer)
