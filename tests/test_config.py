@@ -175,6 +175,11 @@ BAD = {
         put("models", "small_gpt2", "architecture", "n_positions", 64),
         ["models.small_gpt2:", "64 positions", "256"],
     ),
+    "no room for a response": (put("text", "max_prompt_tokens", 256), ["text:", "no room"]),
+    "no positions for an answer": (
+        put("evaluation", "max_new_tokens", 128),
+        ["models.small_gpt2:", "256 positions", "288"],
+    ),
     "no model type": (
         put("models", "small_gpt2", "architecture", {"n_embd": 8}),
         ["models.small_gpt2.architecture:", "model_type"],

@@ -205,8 +205,16 @@ def _vocabularies(config: Config):
         if isinstance(size, int) and tokens and size < tokens:
             yield f"models.{name}: vocab_size {size} does not fit its tokenizer, which has {tokens} tokens"
         positions = keys.get("max_position_embeddings") or keys.get("n_positions")
-        if isinstance(positions, int) and positions < config.text.max_tokens:
-            yield f"models.{name}: the model has {positions} positions, text.max_tokens is {config.text.max_tokens}; lower the latter"
+        text, answer = config.text, config.evaluation.max_new_tokens
+        if not isinstance(positions, int):
+            continue
+        if positions < text.max_tokens:
+            yield f"models.{name}: the model has {positions} positions, text.max_tokens is {text.max_tokens}; lower the latter"
+        elif positions < text.max_prompt_tokens + answer:
+            yield (
+                f"models.{name}: the model has {positions} positions, text.max_prompt_tokens and evaluation.max_new_tokens make"
+                f" {text.max_prompt_tokens + answer}; lower one of them"
+            )
 
 
 def _tokenizers(config: Config):

@@ -123,6 +123,14 @@ class Text(Settings):
         512, description="tokens of prompt and response together, end of text included"
     )
 
+    @model_validator(mode="after")
+    def _room_for_a_response(self):
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_prompt_tokens {self.max_prompt_tokens} leaves no room for a response in max_tokens {self.max_tokens}"
+            )
+        return self
+
 
 # --- training ---------------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +186,7 @@ class Training(Settings):
     )
     select: Literal["dev_loss", "last"] = Field("dev_loss", description="which epoch becomes the final model")
     keep_best: Annotated[Int, Field(ge=0)] = Field(
-        0, description="how many epochs' models, the best by dev loss, to keep besides the final one"
+        0, description="how many epochs' models, the best by dev loss, to keep in `best/` beside `model/`"
     )
 
     @model_validator(mode="after")

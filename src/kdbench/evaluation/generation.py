@@ -28,7 +28,7 @@ def generate(
 
     An answer depends on the model, its prompt and the seed alone: sampling draws its noise from (seed, record, position), so neither the
     batch size nor the other records matter (on a CPU in float32; elsewhere batches change the rounding of logits, and GPUs draw another
-    noise). Rows of the head beyond the tokenizer's tokens are no words: no loss trains them, and they are never chosen.
+    noise). Rows of the head beyond the tokenizer's tokens are no words, and are never chosen.
 
     Args:
         model: causal language model in evaluation mode, on its device.
