@@ -161,6 +161,15 @@ def reader_models_of(wildcards):
     return [model_of(name) for name in wildcards.readers.split("+")]
 
 
+def one_tokenizer(wildcards, input):
+    """Methods that need one tokenizer for both readers: of models on the hub only the fetched files tell whether they share one."""
+    variants = [
+        v for name in EXPERIMENTS if PLAN.readers(name) == wildcards.readers for v in PLAN.variants[name].values()
+    ]
+    needing = sorted({variant.name for variant in variants if not variant.across_tokenizers})
+    return f"--one-tokenizer {' '.join(needing)}" if needing else ""
+
+
 # --- teachers
 
 

@@ -38,9 +38,10 @@ rule tokenize:
         runtime=60,
     params:
         text=text_settings,
+        one_tokenizer=one_tokenizer,
     shell:
         "python {input.script} --records {input.records} --models {input.models} --text {params.text:q}"
-        " --output {output} > {log} 2>&1"
+        " {params.one_tokenizer} --output {output} > {log} 2>&1"
 
 
 rule align:

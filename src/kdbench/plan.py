@@ -40,6 +40,11 @@ class Variant:
         """The divergence, for methods that have a choice; else empty."""
         return self.settings.get("objective", "")
 
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether the method works where student and teacher read different tokens."""
+        return methods.get(self.method).across_tokenizers
+
 
 class Plan:
     """Answers every question that the rules ask about a configuration."""

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from kdbench import models
+from kdbench.data import records, world
+from kdbench.settings import TrainedTokenizer
 from tests.shared import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "workflow/scripts").glob("*.py"))
@@ -167,3 +170,26 @@ def test_configuration_is_refused(untouched, mistake, line):
     assert len(told) == 1, output
     assert re.fullmatch(f"config: {line}", told[0])
     assert not (untouched.folder / "results").exists()
+
+
+def test_pair_without_a_common_tokenizer_fails_before_any_training(tmp_path):
+    """What the configuration cannot know of models on the hub is found as soon as they are there."""
+    drawn = world.records("dev", 12)
+    records.write(tmp_path / "records", drawn)
+    for name, size in (("student", 280), ("teacher", 300)):
+        texts = (text for record in drawn for text in (record.instruction, *record.outputs))
+        settings = TrainedTokenizer(train_on="dev", vocabulary_size=size)
+        models.train_tokenizer(texts, settings).save_pretrained(tmp_path / name)
+    options = ["--records", tmp_path / "records", "--models", tmp_path / "student", tmp_path / "teacher"]
+    options += [
+        "--text",
+        '{"max_prompt_tokens": 300, "max_tokens": 600}',
+        "--output",
+        tmp_path / "tokens/manifest.json",
+    ]
+    refused = call(tmp_path, "tokenize_data.py", *map(str, options), "--one-tokenizer", "dskd")
+    assert refused.returncode == 2
+    assert "have different tokenizers; dskd cannot work for this pair" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "tokens").exists()
+    assert call(tmp_path, "tokenize_data.py", *map(str, options)).returncode == 0

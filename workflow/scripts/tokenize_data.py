@@ -4,6 +4,7 @@ import argparse
 
 from kdbench import cli, files, models
 from kdbench.data import records, tokens
+from kdbench.errors import UserError
 from kdbench.settings import Text
 
 
@@ -15,12 +16,24 @@ def main():
         "--text", required=True, metavar="JSON", help="`text` of the configuration: template and lengths"
     )
     parser.add_argument("--output", required=True, metavar="MANIFEST", help="manifest.json of the folder to make")
+    parser.add_argument(
+        "--one-tokenizer",
+        nargs="*",
+        default=[],
+        metavar="METHOD",
+        help="methods for which both must share their tokenizer",
+    )
     options = parser.parse_args()
     source = files.read_manifest(options.records, "records")
     student, teacher = [*(models.load_tokenizer(files.folder_of(folder)) for folder in options.models), None][:2]
     made = tokens.tokenize(
         records.load(files.folder_of(options.records)), student, teacher, Text.model_validate_json(options.text)
     )
+    if options.one_tokenizer and not made.same_tokenizer:
+        raise UserError(
+            f"{' and '.join(str(files.folder_of(folder)) for folder in options.models)} have different tokenizers; "
+            f"{', '.join(options.one_tokenizer)} cannot work for this pair: take such methods out of the experiment"
+        )
     made.save(files.folder_of(options.output), records=source["fingerprint"])
 
 
