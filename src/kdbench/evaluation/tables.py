@@ -206,4 +206,4 @@ def _spread(rows) -> str:
         return f"± is the standard deviation over {seeds} training seeds, each averaged over its decode seeds{teacher}."
     if decodes > 1:
         return f"± is the standard deviation over {decodes} decode seeds of one training run: it says nothing about training."
-    return "One training run and one decode seed for each method: differences of a point or two may be chance."
+    return "One training run and one decode seed for each method: this table cannot tell a method's gain from chance."
