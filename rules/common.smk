@@ -95,6 +95,10 @@ def memory(wildcards, attempt):
     return int(HARDWARE.memory_gb * 1024 * attempt)
 
 
+def disk(wildcards):
+    return int(HARDWARE.disk_gb * 1024)
+
+
 def runtime(wildcards):
     return int(HARDWARE.runtime_hours * 60)
 

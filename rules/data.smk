@@ -9,6 +9,7 @@ rule prepare_data:
         "results/benchmarks/prepare_data/{dataset}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         mem_mb=4000,
         runtime=30,
@@ -33,6 +34,7 @@ rule tokenize:
         "results/benchmarks/tokenize/{readers}/{dataset}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=60,
@@ -56,6 +58,7 @@ rule align:
         "results/benchmarks/align/{readers}/{dataset}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=30,

@@ -39,6 +39,7 @@ rule score:
         "results/benchmarks/score/{run}/{dataset}_decode{decode}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         mem_mb=2000,
         runtime=30,

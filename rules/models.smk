@@ -10,9 +10,11 @@ rule download_model:
         "results/benchmarks/download_model/{model}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         download=1,
         mem_mb=memory,
+        disk_mb=disk,
         runtime=120,
     params:
         identity=model_identity,

@@ -18,6 +18,10 @@ rule configure:
         "results/benchmarks/configure/{experiment}/{method}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         identity=run_identity,
     shell:
@@ -45,6 +49,7 @@ rule sft_student:
     resources:
         gpu=gpus,
         mem_mb=memory,
+        disk_mb=disk,
         runtime=runtime,
     params:
         launch=on_devices,
@@ -78,6 +83,7 @@ rule distill:
     resources:
         gpu=gpus,
         mem_mb=memory,
+        disk_mb=disk,
         runtime=runtime,
     params:
         launch=on_devices,
@@ -136,6 +142,7 @@ rule tokenize_answers:
         method=one_of(ANSWERED),
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=60,

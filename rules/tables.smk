@@ -19,6 +19,10 @@ rule collect_scores:
         "results/benchmarks/collect_scores/{group}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     shell:
         "python {input.script} --scores {input.scores} --output {output} > {log} 2>&1"
 
@@ -35,6 +39,10 @@ rule aggregate_method:
         "results/benchmarks/aggregate_method/{experiment}/{method}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         rows=shown_rows,
     shell:
@@ -53,6 +61,10 @@ rule aggregate_experiment:
         "results/benchmarks/aggregate_experiment/{experiment}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         rows=shown_rows,
     shell:
@@ -80,6 +92,10 @@ rule aggregate:
         "results/benchmarks/aggregate.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         rows=shown_rows,
         settings=generation_settings,

@@ -14,6 +14,10 @@ rule configure_teacher:
         "results/benchmarks/configure_teacher/{teacher}.tsv"
     conda:
         "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         identity=teacher_identity,
     shell:
@@ -38,6 +42,7 @@ rule sft_teacher:
     resources:
         gpu=gpus,
         mem_mb=memory,
+        disk_mb=disk,
         runtime=runtime,
     params:
         launch=on_devices,
@@ -68,6 +73,7 @@ rule cache_teacher:
     resources:
         gpu=lambda wildcards: min(1, gpus(wildcards)),
         mem_mb=memory,
+        disk_mb=disk,
         runtime=runtime,
     params:
         dtype=cache_dtype,

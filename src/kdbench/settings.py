@@ -292,6 +292,9 @@ class Hardware(Settings):
     memory_gb: Annotated[Float, Field(gt=0)] = Field(
         16.0, description="memory of a heavy job, GB; a retry asks for as much again"
     )
+    disk_gb: Annotated[Float, Field(gt=0)] = Field(
+        50.0, description="disk that a job which writes models, checkpoints or a cache may need, GB"
+    )
     runtime_hours: Annotated[Float, Field(gt=0)] = Field(
         24.0, description="time limit of a heavy job on a cluster, hours"
     )

@@ -115,7 +115,10 @@ def nothing_comment(workflow):
 
 
 def nothing_hardware(workflow):
-    workflow.change("hardware", {"memory_gb": 99, "threads": 2, "micro_batch_size": 3, "checkpoint_seconds": 1.0})
+    workflow.change(
+        "hardware",
+        {"gpus": 0, "memory_gb": 99, "disk_gb": 1, "threads": 2, "micro_batch_size": 3, "checkpoint_seconds": 1.0},
+    )
 
 
 def nothing_touch(workflow):
