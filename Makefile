@@ -26,13 +26,13 @@ new-env:
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	cp $(LOCK) .venv/made-from.lock
 
-## lint, formatting, the whole test suite
+## lint, formatting, the whole test suite; the long tests of whole workflows begin first, each file in one of two processes
 test: lint
-	$(WITH) python -m pytest -n 2 --dist loadgroup --durations 20
+	$(WITH) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 ## the tests that take seconds
 quick: env
-	$(WITH) python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(WITH) python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: env
 	$(WITH) ruff check .
