@@ -175,7 +175,7 @@ BAD = {
         put("models", "small_gpt2", "architecture", "n_positions", 64),
         ["models.small_gpt2:", "64 positions", "256"],
     ),
-    "no room for a response": (put("text", "max_prompt_tokens", 256), ["text:", "no room"]),
+    "no room for a response": (put("text", "max_tokens", 160), ["text:", "no room"]),
     "no positions for an answer": (
         put("evaluation", "max_new_tokens", 128),
         ["models.small_gpt2:", "256 positions", "288"],

@@ -194,6 +194,12 @@ def _no_folder(at: str, path: str, wanted: list[str]):
             yield f"{at}: {path}: {name} is missing in it"
 
 
+def _lengths(config: Config):
+    text = config.text
+    if text.max_prompt_tokens >= text.max_tokens:
+        yield f"text: max_prompt_tokens {text.max_prompt_tokens} leaves no room for a response in max_tokens {text.max_tokens}"
+
+
 def _vocabularies(config: Config):
     for name, model in config.models.items():
         keys = architecture(model)
@@ -234,4 +240,4 @@ def _tokenizers(config: Config):
                 )
 
 
-_CHECKS = (_references, _trainings, _objectives_distinct, _methods, _files, _vocabularies, _tokenizers)
+_CHECKS = (_references, _trainings, _objectives_distinct, _methods, _files, _lengths, _vocabularies, _tokenizers)

@@ -123,14 +123,6 @@ class Text(Settings):
         512, description="tokens of prompt and response together, end of text included"
     )
 
-    @model_validator(mode="after")
-    def _room_for_a_response(self):
-        if self.max_prompt_tokens >= self.max_tokens:
-            raise ValueError(
-                f"max_prompt_tokens {self.max_prompt_tokens} leaves no room for a response in max_tokens {self.max_tokens}"
-            )
-        return self
-
 
 # --- training ---------------------------------------------------------------------------------------------------------------------
 
