@@ -250,7 +250,18 @@ def response_rows(model, side: Side) -> Rows:
     hidden = transformer(model)(
         input_ids=side.input_ids, attention_mask=side.attention_mask, use_cache=False
     ).last_hidden_state
-    return Rows(hidden.flatten(0, 1)[side.positions], side.targets, side.sequence, side.counts)
+    return rows(hidden.flatten(0, 1)[side.positions], side)
+
+
+def rows(hidden: Tensor, side: Side) -> Rows:
+    """The response rows of one side of a batch.
+
+    Args:
+        hidden: (n, d) final hidden states at its response positions.
+        side: the tensors of the batch.
+    """
+    inputs = side.input_ids.flatten()[side.positions]
+    return Rows(hidden, side.targets, side.sequence, side.counts, inputs)
 
 
 def signal(model, side: Side, size: int) -> Signal:

@@ -16,12 +16,15 @@ class Rows:
         targets: (n,) int64, the token that each row has to predict; the last of a complete sequence is EOS.
         sequence: (n,) int64, which sequence of the batch a row belongs to; ascending.
         counts: (B,) int64, rows of each sequence; sums to n.
+        inputs: (n,) int64, the token that each row has just read: of the first row the last one of the prompt, of every other the
+            target of the row before.
     """
 
     hidden: Tensor
     targets: Tensor
     sequence: Tensor
     counts: Tensor
+    inputs: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,45 @@ class Signal:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """How the tokens of a teacher's tokenizer relate to those of a student's, from their texts alone.
+
+    Attributes:
+        nearest: (V_t,) int64, for each teacher's token the student's token of the same text (markers of a word's start are no part of
+            it), else one of minimum edit distance.
+        distance: (V_t,) int64, that edit distance; 0 for the same text.
+        shared: (k, 2) int64, ids of student and teacher of the tokens that stand for the same bytes; the two ends of text are such a pair.
+            Ascending in the first, no id twice.
+        student_begins_word: (V_s,) bool, tokens whose bytes begin with white space, and the end of text.
+        teacher_begins_word: (V_t,) bool, the same for the teacher.
+    """
+
+    nearest: Tensor
+    distance: Tensor
+    shared: Tensor
+    student_begins_word: Tensor
+    teacher_begins_word: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """What a method may know of the moment besides the two signals.
 
     Attributes:
         progress: share of the training that is done, 0 at the first step, 1 after the last.
         pairs: (p, 2) int64, rows of the student paired with rows of the teacher by the alignment the method asked for, or None.
+        chunks: (n,) and (m,) int64, for each row of the student and of the teacher the chunk of text that its target belongs to, or None.
+            Chunks are the shortest pieces of a response that end with a token on both sides. They are counted over the batch from 0, in
+            order; each has at least one row on either side.
+        spelling: (B, N, M) float32, edit distance of the texts of the tokens that a row i of the student and a row j of the teacher
+            have just read (`inputs`), divided by the longer one's length: 0 for the same text, at most 1. Padded with 0 beyond a
+            sequence's rows. Or None.
     """
 
     progress: float = 0.0
     pairs: Tensor | None = None
+    chunks: tuple[Tensor, Tensor] | None = None
+    spelling: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,13 @@ def leaf(array: np.ndarray, precision: str) -> torch.Tensor:
     return torch.tensor(array, dtype=PRECISIONS[precision], requires_grad=True)
 
 
-def rows(label: np.ndarray, hidden: torch.Tensor) -> Rows:
-    """Response rows of (B, T) labels and (B, T, d) states."""
+def rows(label: np.ndarray, hidden: torch.Tensor, input_ids: np.ndarray | None = None) -> Rows:
+    """Response rows of (B, T) labels and (B, T, d) states; without `input_ids` no row has read anything but token 0."""
     label = torch.tensor(label).long()
     valid = label != IGNORED
     sequence = torch.arange(len(label))[:, None].expand_as(label)[valid]
-    return Rows(hidden[valid], label[valid], sequence, valid.sum(1))
+    inputs = torch.zeros_like(label) if input_ids is None else torch.tensor(input_ids).long()
+    return Rows(hidden[valid], label[valid], sequence, valid.sum(1), inputs[valid])
 
 
 def of_logits(label: np.ndarray, logits: torch.Tensor) -> Signal:

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import forward_kl
-from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
 from kdbench.signals import Head
 
 
@@ -195,3 +195,29 @@ def test_heads_of_different_lengths_are_refused():
     (h_s, head_s), (h_t, head_t), targets = _problem()
     with pytest.raises(ValueError, match=r"\[11, 10\]"):
         over_vocabulary(_row_loss, [(h_s, head_s), (h_t[1:], head_t)], [targets])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_rows_have_the_values_and_gradients_of_the_plain_formula(chunk):
+    torch.manual_seed(0)
+    shapes = ((7, 5), (11, 5), (11,))
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    upstream = torch.randn(7, 3, dtype=torch.float64)
+
+    def largest(logits, scale):
+        return logits.log_softmax(-1).topk(3).values * scale[:, None]
+
+    scale = torch.arange(1.0, 8.0, dtype=torch.float64)
+    plain = largest(hidden @ weight.T + bias, scale)
+    ours = rows_over_vocabulary(largest, [(hidden, Head(weight, 11, bias))], [scale], chunk=chunk)
+    assert torch.equal(ours, plain) or torch.allclose(ours, plain, rtol=1e-13)
+    wanted = torch.autograd.grad(plain, (hidden, weight, bias), upstream)
+    for got, want in zip(torch.autograd.grad(ours, (hidden, weight, bias), upstream), wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_rows_of_no_rows_and_of_a_detached_head():
+    hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(11, 5)
+    assert rows_over_vocabulary(lambda z: z.topk(2).values, [(hidden[:0], Head(weight, 11))]).shape == (0, 2)
+    rows_over_vocabulary(lambda z: z.topk(2).values, [(hidden, Head(weight, 11))]).sum().backward()
+    assert hidden.grad.abs().sum() > 0

@@ -97,11 +97,11 @@ def random_signals(name: str, n=(9, 7), sizes=(23, 31), widths=(5, 6), seed=0):
     for count, size, width in zip(n, sizes, widths, strict=True):
         targets = torch.randint(size, (count,), generator=generator)
         counts = torch.tensor([4, count - 4])
-        rows = Rows(random(count, width), targets, torch.repeat_interleave(torch.arange(2), counts), counts)
+        rows = Rows(random(count, width), targets, torch.repeat_interleave(torch.arange(2), counts), counts, targets)
         found.append(Signal(rows, Head(random(size + 3, width), size), embed=None))
     student, teacher = found
     if not across(name):
-        teacher = Signal(Rows(teacher.rows.hidden, *[getattr(student.rows, f) for f in ("targets", "sequence", "counts")]),
+        teacher = Signal(Rows(teacher.rows.hidden, *[getattr(student.rows, f) for f in ("targets", "sequence", "counts", "inputs")]),
                          teacher.head, None)  # fmt: skip
     student.rows.hidden.requires_grad_()
     student.head.weight.requires_grad_()

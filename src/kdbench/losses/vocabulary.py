@@ -39,13 +39,8 @@ def over_vocabulary(
     Returns:
         The weighted total (differentiable), the unweighted sums by name, and the diagnostics.
     """
-    count = heads[0][0].shape[0]
-    if any(hidden.shape[0] != count for hidden, _ in heads):
-        raise ValueError(f"heads with different numbers of rows: {[hidden.shape[0] for hidden, _ in heads]}")
-    if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // max(head.weight.shape[0] for _, head in heads))
+    chunk, tensors = _arguments(heads, chunk)
     weights = (weights or {}) | dict.fromkeys(diagnostics, 0.0)
-    tensors = [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
     names: list[str] = []
     total, sums = _OverVocabulary.apply(row_loss, tuple(rows), weights, chunk, torch.is_grad_enabled(), names, *tensors)
     found = dict(zip(names, sums, strict=True))
@@ -56,6 +51,49 @@ def over_vocabulary(
     )
 
 
+def rows_over_vocabulary(
+    row_function: Callable[..., Tensor],
+    heads: Sequence[tuple[Tensor, Head]],
+    rows: Sequence[Tensor] = (),
+    chunk: int | None = None,
+) -> Tensor:
+    """Something small of each row of logits, for losses that are no sum over rows: a probability, the largest k of them.
+
+    Logits are made a chunk of rows at a time, and a second time in the backward pass; they are not kept in between. What `over_vocabulary`
+    says of gradients and types holds here too.
+
+    Args:
+        row_function: plain function of logits (r, V_i), one per head, and of `rows` cut to the same r rows; returns (r, ...).
+        heads: pairs of hidden states (n, d_i) and the head that turns them into logits. All have the same n.
+        rows: further tensors (n, ...) for `row_function`; no gradient flows into them.
+        chunk: rows at a time; by default as many as make 2^24 logits of the largest head.
+
+    Returns:
+        (n, ...), with gradients for hidden states and heads.
+    """
+    chunk, tensors = _arguments(heads, chunk)
+    return _RowsOverVocabulary.apply(row_function, tuple(rows), chunk, *tensors)
+
+
+def _arguments(heads: Sequence[tuple[Tensor, Head]], chunk: int | None) -> tuple[int, list[Tensor | None]]:
+    """Rows at a time, and the tensors that gradients may flow to."""
+    counts = [hidden.shape[0] for hidden, _ in heads]
+    if len(set(counts)) > 1:
+        raise ValueError(f"heads with different numbers of rows: {counts}")
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS // max(head.weight.shape[0] for _, head in heads))
+    return chunk, [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
+
+
+def _parts(count: int, chunk: int) -> list[slice]:
+    """Consecutive chunks of rows; one without rows where there are none, so that every name and shape is known."""
+    return [slice(start, start + chunk) for start in range(0, max(1, count), chunk)]
+
+
+def _computed_in(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 class _OverVocabulary(torch.autograd.Function):
     """Tensors come as hidden, weight, bias for each head; `names` is filled with the names of the losses."""
 
@@ -63,12 +101,11 @@ class _OverVocabulary(torch.autograd.Function):
     def forward(ctx, row_loss, rows, weights, chunk, trains, names, *tensors):
         wanted = [trains and needed for needed in ctx.needs_input_grad[6:]]
         device = tensors[0].device
-        compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        compute = _computed_in(device)
         with torch.autocast(device.type, enabled=False):
             heads = [_Projection(*tensors[i : i + 3], *wanted[i : i + 3], compute) for i in range(0, len(tensors), 3)]
             totals = None
-            for start in range(0, max(1, tensors[0].shape[0]), chunk):
-                part = slice(start, start + chunk)
+            for part in _parts(tensors[0].shape[0], chunk):
                 with torch.enable_grad():
                     logits = [head.logits(part) for head in heads]
                     losses = row_loss(*logits, *(row[part] for row in rows))
@@ -92,6 +129,53 @@ class _OverVocabulary(torch.autograd.Function):
     def backward(ctx, upstream, _):
         scaled = [None if gradient is None else gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients]
         return None, None, None, None, None, None, *scaled
+
+
+class _RowsOverVocabulary(torch.autograd.Function):
+    """Tensors come as hidden, weight, bias for each head."""
+
+    @staticmethod
+    def forward(ctx, row_function, rows, chunk, *tensors):
+        ctx.row_function, ctx.chunk, ctx.compute = row_function, chunk, _computed_in(tensors[0].device)
+        ctx.has_bias = [bias is not None for bias in tensors[2::3]]
+        ctx.rows = len(rows)
+        ctx.save_for_backward(*rows, *(tensor for tensor in tensors if tensor is not None))
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            heads = [
+                _Projection(*tensors[i : i + 3], False, False, False, ctx.compute) for i in range(0, len(tensors), 3)
+            ]
+            found = [
+                row_function(*(head.logits(part) for head in heads), *(row[part] for row in rows))
+                for part in _parts(tensors[0].shape[0], chunk)
+            ]
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        saved = iter(ctx.saved_tensors)
+        rows = [next(saved) for _ in range(ctx.rows)]
+        tensors = [
+            tensor for bias in ctx.has_bias for tensor in (next(saved), next(saved), next(saved) if bias else None)
+        ]
+        wanted = ctx.needs_input_grad[3:]
+        with torch.autocast(upstream.device.type, enabled=False):
+            heads = [
+                _Projection(*tensors[i : i + 3], *wanted[i : i + 3], ctx.compute) for i in range(0, len(tensors), 3)
+            ]
+            trained = [head for head in heads if head.trains]
+            for part in _parts(tensors[0].shape[0], ctx.chunk):
+                with torch.enable_grad():
+                    logits = [head.logits(part) for head in heads]
+                    found = ctx.row_function(*logits, *(row[part] for row in rows))
+                inputs = [made for head, made in zip(heads, logits, strict=True) if head.trains]
+                if not found.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(found, inputs, upstream[part].to(found.dtype), allow_unused=True)
+                for head, gradient in zip(trained, gradients, strict=True):
+                    if gradient is not None:
+                        head.collect(part, gradient)
+        return None, None, None, *(gradient for head in heads for gradient in head.gradients())
 
 
 class _Projection:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdbench.errors import UserError
 from kdbench.losses.divergences import OBJECTIVES, OPTIONS
 from kdbench.settings import Bool, Float
-from kdbench.signals import Signal, Step, Terms
+from kdbench.signals import Head, Signal, Step, Terms, Vocabulary
 
 
 class MethodSettings(BaseModel):
@@ -66,11 +66,19 @@ class Needs:
 
     Attributes:
         teacher: "none"; "answers": the student learns from texts that the teacher wrote; "signal": from its hidden states.
-        alignment: which relation of student and teacher tokens the method pairs rows by.
+        alignment: which relation of student and teacher tokens the method pairs rows by (`Step.pairs`). "index": the k-th with the k-th.
+            "byte": targets that cover the same bytes. "dtw": the rows of a student each of which dynamic time warping over the edit
+            distances of the tokens just read aligns with exactly one row of the teacher, with that row.
+        chunks: whether it asks for `Step.chunks`.
+        spelling: whether it asks for `Step.spelling`.
+        vocabulary: whether it asks for the relation of the two vocabularies.
     """
 
     teacher: Literal["none", "answers", "signal"] = "none"
-    alignment: Literal["none", "index", "byte"] = "none"
+    alignment: Literal["none", "index", "byte", "dtw"] = "none"
+    chunks: bool = False
+    spelling: bool = False
+    vocabulary: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,9 @@ class Method(nn.Module, ABC):
     across_tokenizers: ClassVar[bool] = False
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
 
-    def __init__(self, settings: MethodSettings, student: Shape, teacher: Shape | None):
+    def __init__(
+        self, settings: MethodSettings, student: Shape, teacher: Shape | None, vocabulary: Vocabulary | None = None
+    ):
         super().__init__()
         self.settings = settings
 
@@ -111,6 +121,29 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         """The loss of a batch, as sums over its response tokens. `teacher` is None where `needs` asks for no signal."""
+
+    def initialize(self, student: Head, teacher: Head) -> None:
+        """Set what starts from the models' heads; called once, on the device, before a training that starts from nothing."""
+
+    def observe(self, sums: dict[str, float], tokens: int, step: int) -> dict[str, float]:
+        """Look at a step that is done, the same numbers in every process: for what a method adapts without gradient.
+
+        Args:
+            sums: terms and diagnostics by name, summed over the global batch.
+            tokens: response tokens of the student in it.
+            step: optimizer steps done, this one included.
+
+        Returns:
+            What to write into the step's metrics, by name.
+        """
+        return {}
+
+    def state(self) -> dict:
+        """What `observe` has changed, as JSON holds it: part of every checkpoint."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` gave."""
 
 
 def require_same_tokens(method: str, student: Signal, teacher: Signal | None) -> None:

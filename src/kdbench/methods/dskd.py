@@ -36,7 +36,7 @@ class Dskd(Method):
     across_tokenizers = False
     Settings = DskdSettings
 
-    def __init__(self, settings: DskdSettings, student: Shape, teacher: Shape | None):
+    def __init__(self, settings: DskdSettings, student: Shape, teacher: Shape | None, vocabulary=None):
         super().__init__(settings, student, teacher)
         require_signal("dskd", teacher)
         self.t2s = nn.Linear(teacher.hidden, student.hidden)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from kdbench.data.batches import Side
     from kdbench.methods.base import Shape
     from kdbench.settings import Hardware
-    from kdbench.signals import Signal
+    from kdbench.signals import Head, Signal
 
 
 class TeacherSource(Protocol):
@@ -23,6 +23,10 @@ class TeacherSource(Protocol):
             side: the teacher's tensors of those records.
             device: where the signal is wanted.
         """
+        ...
+
+    def head(self, device) -> "Head":
+        """The teacher's head, without gradient."""
         ...
 
 

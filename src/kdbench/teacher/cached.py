@@ -26,7 +26,7 @@ from kdbench.data.batches import Side
 from kdbench.data.tokens import TokenSide
 from kdbench.errors import UserError
 from kdbench.methods.base import Shape
-from kdbench.signals import Head, Rows, Signal
+from kdbench.signals import Head, Signal
 
 KIND = "teacher cache"
 _DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
@@ -178,10 +178,11 @@ class Cached:
                 f"records {rows} have {[len(piece) for piece in pieces]} response rows in {self.folder}, the batch has {counts}"
             )
         side = side.to(device)
-        head = self._head_on(hidden.device)
-        return Signal(Rows(hidden, side.targets, side.sequence, side.counts), head, self._embed)
+        return Signal(models.rows(hidden, side), self.head(hidden.device), self._embed)
 
-    def _head_on(self, device) -> Head:
+    def head(self, device) -> Head:
+        """See `TeacherSource`."""
+        device = torch.device(device)
         if self._head is None or self._head.weight.device != device:
             bias = self._constants.get_tensor("bias").to(device) if "bias" in self._names else None
             self._head = Head(self._constants.get_tensor("weight").to(device), self.manifest["vocabulary"], bias)
@@ -190,7 +191,7 @@ class Cached:
     def _embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids on the ids' device. A table of its own stays in main memory: only some methods read a few rows of it."""
         if "embedding" not in self._names:
-            return F.embedding(ids, self._head_on(ids.device).weight)
+            return F.embedding(ids, self.head(ids.device).weight)
         if self._embedding is None:
             self._embedding = self._constants.get_tensor("embedding")
         return F.embedding(ids.to("cpu"), self._embedding).to(ids.device)

@@ -4,7 +4,7 @@ import torch
 
 from kdbench import models
 from kdbench.data.batches import Side
-from kdbench.signals import Signal
+from kdbench.signals import Head, Signal
 
 
 class Live:
@@ -23,3 +23,7 @@ class Live:
         with torch.no_grad():
             found = models.signal(self.model, side.to(device), self.size)
         return Signal(found.rows, found.head.detach(), found.embed)
+
+    def head(self, device) -> Head:
+        """See `TeacherSource`."""
+        return models.head(self.model, self.size).detach()

@@ -9,7 +9,7 @@ from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.vocabulary import over_vocabulary
 from kdbench.methods.base import Method
 from kdbench.settings import Training
-from kdbench.signals import Signal, Step, Terms
+from kdbench.signals import Head, Signal, Step, Terms
 
 
 class Distiller(nn.Module):
@@ -29,6 +29,11 @@ class Distiller(nn.Module):
         self.student, self.method = student, method
         self.names: tuple[str, ...] = ()
         self._size, self._narrow = size, training.precision == "bf16"
+
+    @torch.no_grad()
+    def initialize(self, teacher: Head) -> None:
+        """Let the method start from the two heads."""
+        self.method.initialize(models.head(self.student, self._size).detach(), teacher)
 
     def forward(self, side: Side, teacher: Signal | None = None, step: Step | None = None) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch.

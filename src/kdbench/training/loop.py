@@ -29,10 +29,12 @@ class Position:
     Attributes:
         step: optimizer steps that are done.
         epochs: `epoch` (counted from 1) and `dev_loss` of those that are done.
+        method: what the method has adapted without gradient.
     """
 
     step: int = 0
     epochs: list[dict] = field(default_factory=list)
+    method: dict = field(default_factory=dict)
 
 
 class Loop:
@@ -73,6 +75,7 @@ class Loop:
         found = self.checkpoints.resume(self.engine)
         self.position = Position(**found) if found else Position()
         if found:
+            self.engine.module.method.restore(self.position.method)
             self.progress.say(f"goes on after step {self.position.step} of {self.total}")
         self.progress.begin(self.position.step, self.total)
         self.exports.keep(of["epochs"] for of in self.checkpoints.positions())
@@ -112,10 +115,14 @@ class Loop:
         if not math.isfinite(norm):
             self._refuse({("gradient", *rows)})
         position.step += 1
+        method = self.engine.module.method
+        adapted = method.observe(dict(zip(names[1:], sums[1:], strict=True)), tokens, position.step)
+        position.method = method.state()
         seconds = time.monotonic() - began
         self._needed = max(self._needed, seconds)
         metrics = {"step": position.step, "epoch": epoch + 1}
         metrics |= {name: value / tokens for name, value in zip(names, sums, strict=True)}
+        metrics |= adapted
         metrics |= dict(zip(("learning_rate", "projector_learning_rate"), self.engine.rates(), strict=False))
         metrics |= {"gradient_norm": norm, "tokens_per_second": float(self.lengths[rows].sum() / seconds)}
         self.progress.step(metrics | {"memory_mb": self.progress.memory()}, self.total)

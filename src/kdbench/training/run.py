@@ -84,6 +84,8 @@ def _train(job: Job, processes: Processes, progress: Progress) -> None:
     distiller = _distiller(job, method, settings).to(processes.device).train()
     trained = sum(parameter.numel() for parameter in distiller.parameters() if parameter.requires_grad)
     teacher = job.teacher(processes.device) if needs.teacher == "signal" else None
+    if teacher is not None:
+        distiller.initialize(teacher.head(processes.device))
     engine = engines.build(distiller, job.training, hardware, processes)
     progress.say(
         f"trains {job.student} by {job.method} (run {run}, seed {job.seed}): {trained:,} parameters, "
@@ -107,8 +109,13 @@ def _check(job: Job, needs) -> None:
             raise UserError(f"the {name} data set has no records")
     if needs.teacher == "signal" and (job.teacher is None or job.teacher_shape is None):
         raise UserError(f"method {job.method} needs a teacher's signal, and the job has no teacher")
-    if needs.alignment == "byte" and job.alignment is None:
-        raise UserError(f"method {job.method} needs an alignment, and the job has none")
+    for what, needed, given in (
+        ("an alignment", needs.alignment == "byte" or needs.chunks, job.alignment),
+        ("the spelling of its tokens", needs.alignment == "dtw" or needs.spelling, job.spelling),
+        ("the relation of the two vocabularies", needs.vocabulary, job.vocabulary),
+    ):
+        if needed and given is None:
+            raise UserError(f"method {job.method} needs {what}, and the job has none")
     if not Path(job.student).is_dir():
         raise UserError(f"the student {job.student} is no folder")
     if (Path(job.student) / "adapter_config.json").exists():
@@ -127,7 +134,7 @@ def _distiller(job: Job, method, settings) -> Distiller:
     torch.manual_seed(job.seed)
     if job.training.tuning == "lora":
         student = models.add_adapters(student, job.training.lora)
-    return Distiller(student, method(settings, shape, job.teacher_shape), len(tokenizer), job.training)
+    return Distiller(student, method(settings, shape, job.teacher_shape, job.vocabulary), len(tokenizer), job.training)
 
 
 def _resolved(job: Job, settings, processes: Processes) -> dict:
