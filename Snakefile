@@ -2,7 +2,7 @@
 
     download_model ─┬──────────── sft_teacher ─┬─ cache_teacher ──────┐
                     │                          └─ generate_answers ─┐ │
-    prepare_data ───┴─ tokenize ── align ───────────────────────────┴─┴─ distill / sft_student ── generate ── score ── aggregate
+    prepare_data ───┴─ tokenize ── align, spell, map_vocabulary ────┴─┴─ distill / sft_student ── generate ── score ── aggregate
 
     snakemake --cores 8 results/table.csv                                   everything
     snakemake --cores 8 results/<experiment>/methods/<method>/table.csv     one method
@@ -12,7 +12,8 @@
 What to run stands in config/config.yaml, who does it in rules/*.smk, and where it ends up:
 
     resources/data/<data set>/          records                       resources/models/<model>/     models as fetched
-    results/tokens/<readers>/<data set>/                              results/alignments/<readers>/<data set>/
+    results/tokens/<readers>/<data set>/                              results/{alignments,spellings}/<readers>/<data set>/
+    results/vocabularies/<readers>/     relation of two vocabularies
     results/teachers/<teacher>/         model, cache, evaluation      results/<experiment>/methods/<method>/seed<n>/   the same of a student
 """
 

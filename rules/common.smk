@@ -263,9 +263,25 @@ def cache_of(wildcards):
 
 
 def alignment_of(wildcards):
-    if variant_of(wildcards).needs.alignment != "byte":
+    """Pairs and chunks by bytes, for methods that ask for them."""
+    needs = variant_of(wildcards).needs
+    if needs.alignment != "byte" and not needs.chunks:
         return []
     return f"results/alignments/{PLAN.readers(wildcards.experiment)}/{experiment_of(wildcards).train}/manifest.json"
+
+
+def spelling_of(wildcards):
+    """Edit distances and warping paths, for methods that ask for them."""
+    needs = variant_of(wildcards).needs
+    if needs.alignment != "dtw" and not needs.spelling:
+        return []
+    return f"results/spellings/{PLAN.readers(wildcards.experiment)}/{experiment_of(wildcards).train}/manifest.json"
+
+
+def vocabulary_of(wildcards):
+    if not variant_of(wildcards).needs.vocabulary:
+        return []
+    return f"results/vocabularies/{PLAN.readers(wildcards.experiment)}/manifest.json"
 
 
 # --- evaluation

@@ -63,4 +63,48 @@ rule align:
         mem_mb=8000,
         runtime=30,
     shell:
-        "python {input.script} --tokens {input.tokens} --output {output} > {log} 2>&1"
+        "python {input.script} --tokens {input.tokens} --output {output} > {log} 2>&1 && tail -n 1 {log}"
+
+
+rule spell:
+    """Edit distances of the tokens that student and teacher read at response positions, and the warping path through them."""
+    input:
+        script="workflow/scripts/spell.py",
+        tokens="results/tokens/{readers}/{dataset}/manifest.json",
+        models=reader_models_of,
+    output:
+        "results/spellings/{readers}/{dataset}/manifest.json",
+    log:
+        "logs/spell/{readers}/{dataset}.log",
+    benchmark:
+        "results/benchmarks/spell/{readers}/{dataset}.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    shell:
+        "python {input.script} --tokens {input.tokens} --models {input.models} --output {output} > {log} 2>&1"
+        " && tail -n 1 {log}"
+
+
+rule map_vocabulary:
+    """What the tokens of a teacher are in the vocabulary of a student."""
+    input:
+        script="workflow/scripts/map_vocabulary.py",
+        models=reader_models_of,
+    output:
+        "results/vocabularies/{readers}/manifest.json",
+    log:
+        "logs/map_vocabulary/{readers}.log",
+    benchmark:
+        "results/benchmarks/map_vocabulary/{readers}.tsv"
+    conda:
+        "../envs/kdbench.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "python {input.script} --models {input.models} --output {output} > {log} 2>&1 && tail -n 1 {log}"

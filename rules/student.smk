@@ -69,6 +69,8 @@ rule distill:
         teacher=teacher_of,
         cache=cache_of,
         alignment=alignment_of,
+        spelling=spelling_of,
+        vocabulary=vocabulary_of,
     output:
         "results/{experiment}/methods/{method}/seed{seed}/model/manifest.json",
     log:
@@ -89,10 +91,12 @@ rule distill:
         launch=on_devices,
         hardware=hardware,
         cache=lambda wildcards, input: f"--teacher-cache {input.cache}" if input.cache else "",
-        alignment=lambda wildcards, input: f"--alignment {input.alignment}" if input.alignment else "",
+        text=lambda wildcards, input: " ".join(
+            f"--{name} {input[name]}" for name in ("alignment", "spelling", "vocabulary") if input[name]
+        ),
     shell:
         "{params.launch} {input.script} --config {input.config} --seed {wildcards.seed} --model {input.model}"
-        " --train {input.train} --dev {input.dev} --teacher {input.teacher} {params.cache} {params.alignment}"
+        " --train {input.train} --dev {input.dev} --teacher {input.teacher} {params.cache} {params.text}"
         " --hardware {params.hardware:q} --output {output} > {log} 2>&1"
 
 

@@ -87,7 +87,7 @@ def read_manifest(folder, kind: str) -> dict:
 
     Args:
         folder: the folder, or the path of its `manifest.json`.
-        kind: what it must hold ("model", "records", "tokens", "alignment", "teacher cache").
+        kind: what it must hold ("model", "records", "tokens", "alignment", "spelling", "vocabulary", "teacher cache").
 
     Raises:
         UserError: no manifest, another kind, a missing or changed file; says which and how to make it anew.

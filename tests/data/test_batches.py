@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdbench.data import batches
+from kdbench.alignment.pairs import align
+from kdbench.alignment.spelling import spell
+from kdbench.alignment.vocabulary import texts_of
+from kdbench.data import batches, world
+from kdbench.data.tokens import tokenize
+from kdbench.settings import Text
 from tests import tiny
+from tests.data.tokenizers import byte_level, sentencepiece
 from tests.training import jobs
 
 LENGTHS = np.random.default_rng(0).lognormal(4.5, 0.8, 1003).astype(int).clip(10, 512)
@@ -110,3 +116,98 @@ def test_no_pairs_at_all_are_an_empty_tensor():
     alignment = jobs.make_alignment(tokens)
     (row, *_) = np.flatnonzero(tokens.student.response_counts == 1)
     assert batches.collate(tokens, [row], teacher=True, pairing="byte", alignment=alignment).pairs.shape == (0, 2)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Embedded records in two kinds of tokens, with all that is computed from the text."""
+    pair = byte_level(), sentencepiece()
+    text = Text(template="short", max_prompt_tokens=160, max_tokens=256)
+    made = tokenize(world.records("shift", 20), *pair, text)
+    return made, align(made), spell(made, *(texts_of(tokenizer).texts for tokenizer in pair))
+
+
+ROWS = [[3], [7, 2], [11, 0, 4, 19, 5]]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_chunks_are_counted_over_the_batch(real, rows):
+    tokens, alignment, _ = real
+    batch = batches.collate(tokens, rows, teacher=True, alignment=alignment, chunks=True)
+    expected, before = ([], []), 0
+    for row in rows:
+        last = 0
+        for found, column, numbers in zip(
+            expected,
+            (tokens.student, tokens.teacher),
+            (alignment.student_chunks, alignment.teacher_chunks),
+            strict=True,
+        ):
+            for number in numbers[column.response_starts[row] : column.response_starts[row + 1]].tolist():
+                found.append(before + number)
+                last = max(last, before + number)
+        before = last + 1
+    ours, theirs = batch.chunks
+    assert (ours.tolist(), theirs.tolist()) == expected
+    assert ours.dtype == theirs.dtype == torch.int64
+    assert set(ours.tolist()) == set(theirs.tolist()) == set(range(before))
+    assert (len(ours), len(theirs)) == (len(batch.student.targets), len(batch.teacher.targets))
+    assert (ours.diff() >= 0).all()
+    assert (theirs.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_spelling_is_padded_to_the_longest_response(real, rows):
+    tokens, _, spelling = real
+    batch = batches.collate(tokens, rows, teacher=True, spelling=spelling, costs=True)
+    n, m = (column.response_counts[rows] for column in (tokens.student, tokens.teacher))
+    expected = torch.zeros(len(rows), n.max(), m.max())
+    for place, row in enumerate(rows):
+        ours, theirs = (
+            lengths[column.response_starts[row] : column.response_starts[row + 1]].tolist()
+            for column, lengths in (
+                (tokens.student, spelling.student_lengths),
+                (tokens.teacher, spelling.teacher_lengths),
+            )
+        )
+        distances = spelling.distances[spelling.starts[row] :].tolist()
+        for i, a in enumerate(ours):
+            for j, b in enumerate(theirs):
+                expected[place, i, j] = distances[i * len(theirs) + j] / max(a, b, 1)
+    assert torch.equal(batch.spelling, expected)
+    assert batch.spelling.dtype == torch.float32
+    assert batch.spelling.max() <= 1
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_warping_pairs_point_at_rows_of_the_batch(real, rows):
+    tokens, _, spelling = real
+    batch = batches.collate(tokens, rows, teacher=True, pairing="dtw", spelling=spelling)
+    expected, ours, theirs = [], 0, 0
+    for row in rows:
+        expected += [[ours + i, theirs + j] for i, j in zip(*map(list, spelling.pairs.row(row)), strict=True)]
+        ours += tokens.student.response_counts[row]
+        theirs += tokens.teacher.response_counts[row]
+    assert batch.pairs.tolist() == expected
+    assert batch.pairs[:, 0].diff().min() > 0
+
+
+def test_what_nobody_asked_for_is_not_there(real):
+    tokens, alignment, spelling = real
+    batch = batches.collate(tokens, [0, 1], teacher=True, alignment=alignment, spelling=spelling)
+    assert batch.pairs is batch.chunks is batch.spelling is None
+    assert batches.collate(tokens, [0]).teacher is None
+
+
+def test_a_batch_moves_as_a_whole(real):
+    tokens, alignment, spelling = real
+    batch = batches.collate(tokens, [0, 1], True, "byte", alignment, spelling, chunks=True, costs=True).to("meta")
+    everything = [
+        *vars(batch.student).values(),
+        *vars(batch.teacher).values(),
+        batch.pairs,
+        *batch.chunks,
+        batch.spelling,
+    ]
+    assert {value.device.type for value in everything} == {"meta"}
+    assert batch.rows == [0, 1]

@@ -39,6 +39,12 @@ def test_space_before_the_text_is_not_part_of_it():
     assert found.ends[:2].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece, characters])
+def test_an_empty_text_has_no_tokens_at_all(kind):
+    (found,) = Spans(kind()).encode([""])
+    assert (found.ids.tolist(), found.ends.tolist(), found.difference) == ([], [], None)
+
+
 def test_tokens_that_only_tell_their_characters():
     assert texts_of_tokens(Spans(characters()), "né 😀") == [b"n", "é".encode(), b" ", "😀".encode()]
 

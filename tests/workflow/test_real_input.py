@@ -204,12 +204,13 @@ def test_quality_of_the_alignment(folder):
     ):
         made = f"whole/{script.removesuffix('.py')}/manifest.json"
         command = [sys.executable, f"workflow/scripts/{script}", *arguments, "--output", made]
-        subprocess.run(command, cwd=folder, check=True)
+        told = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     assert read_manifest(folder / "whole/tokenize_data")["responses_cut"] == 0
     quality = read_manifest(folder / "whole/align")["quality"]
     assert quality["rows"] == 1000
     assert quality["byte"] == pytest.approx(0.904, abs=0.02)
     assert quality["index"] == pytest.approx(0.294, abs=0.02)
+    assert f" {quality['byte']:.1%} have one of the teacher with the same bytes, {quality['index']:.1%} " in told
 
 
 @pytest.mark.parametrize(

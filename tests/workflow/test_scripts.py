@@ -50,10 +50,12 @@ NOTHING_THERE = {
         "nowhere",
         *TO_FOLDER,
     ],
+    "map_vocabulary.py": ["--models", "nowhere", "nowhere", *TO_FOLDER],
     "on_gpus.py": ["99", "--", "true"],
     "prepare_data.py": ["--source", '{"source": "file", "path": "nowhere.jsonl"}', "--name", "mine", *TO_FOLDER],
     "score.py": ["--predictions", "nowhere.jsonl", *TO_FILE],
     "sft.py": [*TRAIN, *TO_FOLDER],
+    "spell.py": ["--tokens", "nowhere", "--models", "nowhere", "nowhere", *TO_FOLDER],
     "tokenize_data.py": ["--records", "nowhere", "--models", "nowhere", "--text", "{}", *TO_FOLDER],
 }
 

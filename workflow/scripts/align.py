@@ -1,4 +1,4 @@
-"""Pair the response tokens of student and teacher that cover the same bytes, and say how many do."""
+"""Pair the response tokens of student and teacher that cover the same bytes, cut responses into chunks, and say how well they match."""
 
 import argparse
 
@@ -15,7 +15,12 @@ def main():
     source = files.read_manifest(options.tokens, "tokens")
     tokens = Tokens.load(files.folder_of(options.tokens))
     pairs = align(tokens)
-    pairs.save(files.folder_of(options.output), quality(tokens, pairs), tokens=source["fingerprint"])
+    shares = quality(tokens, pairs)
+    pairs.save(files.folder_of(options.output), shares, tokens=source["fingerprint"])
+    print(
+        f"{files.folder_of(options.output)}: of {shares['student_tokens']:,} response tokens of the student in {shares['rows']:,} records "
+        f"{shares['byte']:.1%} have one of the teacher with the same bytes, {shares['index']:.1%} one at the same position"
+    )
 
 
 cli.run(main)

@@ -3,6 +3,7 @@
 import argparse
 
 from kdbench import cli, files, models
+from kdbench.alignment.vocabulary import texts_of
 from kdbench.data import records, tokens
 from kdbench.errors import UserError
 from kdbench.settings import Text
@@ -34,7 +35,12 @@ def main():
             f"{' and '.join(str(files.folder_of(folder)) for folder in options.models)} have different tokenizers; "
             f"{', '.join(options.one_tokenizer)} cannot work for this pair: take such methods out of the experiment"
         )
-    made.save(files.folder_of(options.output), records=source["fingerprint"])
+    read_by = {"student": student} | ({"teacher": teacher} if teacher else {})
+    made.save(
+        files.folder_of(options.output),
+        records=source["fingerprint"],
+        tokenizers={name: texts_of(tokenizer).fingerprint for name, tokenizer in read_by.items()},
+    )
 
 
 cli.run(main)

@@ -1,6 +1,6 @@
-"""Pairs of student and teacher response tokens, from the text alone, computed once for a data set and a pair of tokenizers."""
+"""Pairs and chunks of student and teacher response tokens, from the text alone, computed once for a data set and two tokenizers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -20,11 +20,16 @@ class Alignment:
         student: (p,) int32, ascending within a record.
         teacher: (p,) int32, ascending within a record.
         starts: (rows + 1,) int64, where each record's pairs start.
+        student_chunks: (r_s,) int32, of each response token of the student the chunk of its record that it belongs to, see `chunks`; None
+            where pairs are all that is known.
+        teacher_chunks: (r_t,) int32, of the teacher's.
     """
 
     student: np.ndarray
     teacher: np.ndarray
     starts: np.ndarray
+    student_chunks: np.ndarray | None = None
+    teacher_chunks: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -37,7 +42,7 @@ class Alignment:
         return self.student[part], self.teacher[part]
 
     def save(self, folder, quality: dict, **facts) -> None:
-        """Write the pairs and the manifest that describes them, all or nothing.
+        """Write the pairs, the chunks and the manifest that describes them, all or nothing.
 
         Args:
             folder: where to.
@@ -47,7 +52,8 @@ class Alignment:
         from safetensors.numpy import save_file
 
         part = files.fresh_folder(folder)
-        save_file({"student": self.student, "teacher": self.teacher, "starts": self.starts}, part / _FILE)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        save_file({name: column for name, column in columns.items() if column is not None}, part / _FILE)
         files.write_manifest(part, KIND, quality=quality, **facts)
         files.finish_folder(folder)
 
@@ -62,17 +68,26 @@ class Alignment:
         Raises:
             UserError: the folder is not finished, damaged, or of other tokens.
         """
-        made_of = files.read_manifest(folder, KIND).get("tokens")
-        if expected_tokens not in (None, made_of):
-            raise UserError(
-                f"{folder} is stale: it is of the tokens {made_of}, the run asks for {expected_tokens}; "
-                f"make it anew: snakemake --cores all --forcerun {files.folder_of(folder) / files.MANIFEST}"
-            )
+        check_tokens(folder, KIND, expected_tokens)
         return cls(**read_columns(files.folder_of(folder) / _FILE))
 
 
+def check_tokens(folder, kind: str, expected: str | None) -> None:
+    """Make sure that a folder is finished, whole, and made of the tokens of this fingerprint (None: of any).
+
+    Raises:
+        UserError: it is not; says how to make it anew.
+    """
+    made_of = files.read_manifest(folder, kind).get("tokens")
+    if expected not in (None, made_of):
+        raise UserError(
+            f"{folder} is stale: it is of the tokens {made_of}, the run asks for {expected}; "
+            f"make it anew: snakemake --cores all --forcerun {files.folder_of(folder) / files.MANIFEST}"
+        )
+
+
 def align(tokens: Tokens) -> Alignment:
-    """Pair the response tokens that cover exactly the same bytes, one to one; the end of text with the end of text.
+    """Pair the response tokens that cover exactly the same bytes, one to one; the end of text with the end of text. And cut into chunks.
 
     Raises:
         ValueError: there are no teacher's tokens.
@@ -91,7 +106,33 @@ def align(tokens: Tokens) -> Alignment:
         (i - student.response_starts[row]).astype(np.int32),
         (j - teacher.response_starts[row]).astype(np.int32),
         np.searchsorted(row, np.arange(tokens.rows + 1)).astype(np.int64),
+        *chunks(tokens),
     )
+
+
+def chunks(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Cut every response into its shortest pieces that end with a token on both sides, and tell the piece of each token.
+
+    The end of text is a chunk of its own. A token without bytes belongs to the chunk whose bytes it stands behind; at the beginning of a
+    response, to the first one.
+
+    Returns:
+        (r_s,) and (r_t,) int32, numbers of chunks, counted from 0 in each record; the student's and the teacher's tokens of a record are in
+        the same chunks.
+
+    Raises:
+        ValueError: there are no teacher's tokens.
+    """
+    student, teacher = _sides(tokens)
+    limits = _row_limits(student, teacher)
+    ends = [np.repeat(limits, side.response_counts) + side.ends for side in (student, teacher)]
+    common = np.intersect1d(ends[0][student.ends > 0], ends[1])
+    first = np.searchsorted(common, limits)
+    found = [
+        np.searchsorted(common, end) - np.repeat(first, side.response_counts)
+        for end, side in zip(ends, (student, teacher), strict=True)
+    ]
+    return found[0].astype(np.int32), found[1].astype(np.int32)
 
 
 def index_pairs(student_counts: np.ndarray, teacher_counts: np.ndarray) -> Alignment:

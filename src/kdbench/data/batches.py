@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kdbench.alignment.spelling import normalised
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,31 @@ class Batch:
         student: the student's tensors of them.
         teacher: the teacher's, or None where no method asked for its signal.
         pairs: (p, 2) int64, response rows of the student and of the teacher in this batch that belong together, or None.
+        chunks: (n,) and (m,) int64, chunks of the response rows, or None; see `kdbench.signals.Step`.
+        spelling: (B, N, M) float32, distances of the tokens just read, or None; see there.
     """
 
     rows: list[int]
     student: Side
     teacher: Side | None = None
     pairs: Tensor | None = None
+    chunks: tuple[Tensor, Tensor] | None = None
+    spelling: Tensor | None = None
 
     def to(self, device) -> "Batch":
         """The same batch on another device."""
-        teacher = None if self.teacher is None else self.teacher.to(device)
-        pairs = None if self.pairs is None else self.pairs.to(device, non_blocking=True)
-        return Batch(self.rows, self.student.to(device), teacher, pairs)
+
+        def move(value):
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            student=self.student.to(device),
+            teacher=None if self.teacher is None else self.teacher.to(device),
+            pairs=move(self.pairs),
+            chunks=None if self.chunks is None else tuple(map(move, self.chunks)),
+            spelling=move(self.spelling),
+        )
 
 
 def schedule(records: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
@@ -123,20 +138,40 @@ def side(column, rows: Sequence[int]) -> Side:
     return Side(*map(torch.from_numpy, arrays))
 
 
-def collate(tokens, rows: Sequence[int], teacher: bool = False, pairing: str = "none", alignment=None) -> Batch:
+def collate(
+    tokens,
+    rows: Sequence[int],
+    teacher: bool = False,
+    pairing: str = "none",
+    alignment=None,
+    spelling=None,
+    chunks: bool = False,
+    costs: bool = False,
+) -> Batch:
     """The tensors of some records, on the CPU.
 
     Args:
         tokens: `kdbench.data.tokens.Tokens`.
         rows: the records; at least one.
         teacher: whether the teacher's side is wanted.
-        pairing: "none"; "index": response tokens of one place; "byte": those that `alignment` pairs.
-        alignment: `kdbench.alignment.pairs.Alignment` of the same records, for "byte".
+        pairing: "none"; "index": response tokens of one place; "byte": those that `alignment` pairs; "dtw": those that `spelling` pairs.
+        alignment: `kdbench.alignment.pairs.Alignment` of the same records, for "byte" and for chunks.
+        spelling: `kdbench.alignment.spelling.Spelling` of the same records, for "dtw" and for costs.
+        chunks: whether chunks are wanted.
+        costs: whether `Batch.spelling` is wanted.
     """
     rows = [int(row) for row in rows]
     batch = Batch(rows, side(tokens.student, rows), side(tokens.teacher, rows) if teacher else None)
-    if pairing == "none":
-        return batch
+    if pairing != "none":
+        batch = replace(batch, pairs=_pairs(tokens, rows, pairing, spelling.pairs if pairing == "dtw" else alignment))
+    if chunks:
+        batch = replace(batch, chunks=_chunks(tokens, rows, alignment))
+    if costs:
+        batch = replace(batch, spelling=_costs(tokens, rows, spelling))
+    return batch
+
+
+def _pairs(tokens, rows: list[int], pairing: str, alignment) -> Tensor:
     ours, theirs = (column.response_counts[rows] for column in (tokens.student, tokens.teacher))
     if pairing == "index":
         sizes = np.minimum(ours, theirs)
@@ -150,7 +185,35 @@ def collate(tokens, rows: Sequence[int], teacher: bool = False, pairing: str = "
         place + np.repeat(np.cumsum(counts) - counts, sizes)
         for place, counts in zip(within, (ours, theirs), strict=True)
     ]
-    return Batch(rows, batch.student, batch.teacher, torch.from_numpy(np.stack(pairs, axis=1).astype(np.int64)))
+    return torch.from_numpy(np.stack(pairs, axis=1).astype(np.int64))
+
+
+def _chunks(tokens, rows: list[int], alignment) -> tuple[Tensor, Tensor]:
+    """Both sides have the same chunks, so the student's tell how many each record has."""
+    before, found = None, []
+    for column, numbers in ((tokens.student, alignment.student_chunks), (tokens.teacher, alignment.teacher_chunks)):
+        starts, counts = column.response_starts[rows], column.response_counts[rows]
+        if before is None:
+            of_records = numbers[starts + counts - 1].astype(np.int64) + 1
+            before = np.cumsum(of_records) - of_records
+        found.append(torch.from_numpy(numbers[_ranges(starts, counts)] + np.repeat(before, counts)))
+    return found[0], found[1]
+
+
+def _costs(tokens, rows: list[int], spelling) -> Tensor:
+    sides = ((tokens.student, spelling.student_lengths), (tokens.teacher, spelling.teacher_lengths))
+    counts = [column.response_counts[rows] for column, _ in sides]
+    places = [np.arange(of.max()) < of[:, None] for of in counts]
+    lengths = []
+    for (column, of_tokens), inside in zip(sides, places, strict=True):
+        padded = np.zeros(inside.shape, np.int64)
+        padded[inside] = of_tokens[_ranges(column.response_starts[rows], column.response_counts[rows])]
+        lengths.append(padded)
+    distances = np.zeros((len(rows), places[0].shape[1], places[1].shape[1]), spelling.distances.dtype)
+    distances[places[0][:, :, None] & places[1][:, None, :]] = spelling.distances[
+        _ranges(spelling.starts[rows], counts[0] * counts[1])
+    ]
+    return torch.from_numpy(normalised(distances, *lengths))
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ class Spans:
                 f"{tokenizer.name_or_path}: the tokenizer does not tell where its tokens stand in a text; it needs a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        self._bytes = _token_bytes(tokenizer)
+        self._bytes = token_bytes(tokenizer)
         if self._bytes is not None:
             self._sizes = np.array([len(token) for token in self._bytes], np.int64)
             (ids,) = encode(tokenizer, ["a"])["input_ids"]
@@ -69,9 +69,10 @@ class Spans:
         return b"".join([self._bytes[token] for token in ids])
 
     def _by_bytes(self, text: str, ids: list[int]) -> Encoded:
-        expected, found = self._before + text.encode(), self._joined(ids)
+        before = self._before if text else b""  # where there is no text, no space is put before it
+        expected, found = before + text.encode(), self._joined(ids)
         row = np.array(ids, np.int32)
-        ends = (self._sizes[row].cumsum() - len(self._before)).clip(min=0).astype(np.int32)
+        ends = (self._sizes[row].cumsum() - len(before)).clip(min=0).astype(np.int32)
         return Encoded(row, ends, None if found == expected else _difference(expected, found))
 
     def _by_characters(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
@@ -84,8 +85,8 @@ class Spans:
         return Encoded(np.array(ids, np.int32), ends, None if found == expected else _difference(expected, found))
 
 
-def _token_bytes(tokenizer) -> list[bytes] | None:
-    """The bytes of every token by id, where their names tell them."""
+def token_bytes(tokenizer) -> list[bytes] | None:
+    """The bytes of every token by id, where their names tell them, else None. Those of a special token are its name."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decoders = _decoders(backend["decoder"])
     if "ByteLevel" in decoders:

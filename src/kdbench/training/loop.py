@@ -136,10 +136,19 @@ class Loop:
         """
         needs = self.needs
         signalled = needs.teacher == "signal"
-        batch = batches.collate(self.job.train, part or rows[:1], signalled, needs.alignment, self.job.alignment)
-        batch = batch.to(self.processes.device)
+        job = self.job
+        batch = batches.collate(
+            job.train,
+            part or rows[:1],
+            signalled,
+            needs.alignment,
+            job.alignment,
+            job.spelling,
+            chunks=needs.chunks,
+            costs=needs.spelling,
+        ).to(self.processes.device)
         signal = self.teacher.signal(batch.rows, batch.teacher, self.processes.device) if signalled else None
-        step = Step(progress=self.position.step / self.total, pairs=batch.pairs)
+        step = Step(self.position.step / self.total, batch.pairs, batch.chunks, batch.spelling)
         with self.engine.accumulate(last):
             total, sums = self.engine.net(batch.student, signal, step)
             self.engine.backward(total * (scale if part else 0.0))
