@@ -29,6 +29,35 @@ def mask(counts: Tensor, longest: int | None = None) -> Tensor:
     return torch.arange(longest, device=counts.device) < counts[:, None]
 
 
+def partners(pairs: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The row of the teacher for each row of the student.
+
+    Args:
+        pairs: (p, 2) int64, rows of the student, none twice, and of the teacher.
+        rows: n, how many rows the student has.
+
+    Returns:
+        (n,) int64, 0 where there is none, and (n,) bool, whether there is one.
+    """
+    found = pairs.new_full((rows,), -1).index_put((pairs[:, 0],), pairs[:, 1])
+    return found.clamp(min=0), found >= 0
+
+
+def mean_over(chosen: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights that turn a sum over chosen rows into Σ over sequences of (rows of the sequence · mean over its chosen rows).
+
+    Args:
+        chosen: (n,) bool.
+        counts: (B,) int64, rows of each sequence.
+        dtype: of the weights.
+
+    Returns:
+        (n,), 0 on rows that are not chosen.
+    """
+    number = pad(chosen, counts).sum(1)
+    return torch.repeat_interleave(counts.to(dtype) / number.clamp(min=1), counts) * chosen
+
+
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Sequence of each row, and its place in it."""
     sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

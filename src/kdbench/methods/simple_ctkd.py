@@ -1,0 +1,88 @@
+"""Distillation of next-token distributions across tokenizers, on the tokens that both vocabularies have."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.divergences import entropy
+from kdbench.losses.sequences import mean_over, partners
+from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_signal
+from kdbench.settings import Float
+from kdbench.signals import Head, Signal, Step, Terms, Vocabulary
+
+
+class SimpleCtkdSettings(DivergenceSettings):
+    """Constants of github.com/songmzhang/KDFlow (its defaults, and its example scripts of this method)."""
+
+    ce_rate: Annotated[Float, Field(ge=0)] = Field(
+        0.5, description="weight of the cross entropy with the reference (published 1 - kd_ratio: 0.5)"
+    )
+    kd_rate: Annotated[Float, Field(ge=0)] = Field(
+        0.5, description="weight of the divergence from the teacher (published kd_ratio: 0.5)"
+    )
+    temperature: Annotated[Float, Field(gt=0)] = Field(
+        1.0, description="divides the logits of both sides in a divergence"
+    )
+
+
+class SimpleCtkd(Method):
+    """ce_rate · CE(z_s, y) + kd_rate · Σ over pairs of D(z_s over S, z_t over S) (SimpleCTKD of KDFlow, arXiv 2603.01875).
+
+    Pairs are rows whose targets cover the same bytes. S are the tokens of both vocabularies; both distributions are softmaxes over S alone:
+    what either model thinks of other tokens plays no part in D.
+    """
+
+    version = 1
+    across_tokenizers = True
+    Settings = SimpleCtkdSettings
+
+    def __init__(
+        self,
+        settings: SimpleCtkdSettings,
+        student: Shape,
+        teacher: Shape | None,
+        vocabulary: Vocabulary | None = None,
+    ):
+        super().__init__(settings, student, teacher)
+        if vocabulary is None:
+            raise ValueError("method simple_ctkd asks for the relation of the vocabularies and got none")
+        for name, ids in zip(("student_shared", "teacher_shared"), vocabulary.shared.unbind(1), strict=True):
+            self.register_buffer(name, ids, persistent=False)
+
+    @classmethod
+    def needs(cls, settings: SimpleCtkdSettings) -> Needs:
+        return Needs(teacher="signal", alignment="byte", vocabulary=True)
+
+    def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
+        require_signal("simple_ctkd", teacher)
+        if step.pairs is None:
+            raise ValueError("method simple_ctkd asks for pairs of rows and got none")
+        rows = student.rows
+        partner, paired = partners(step.pairs, len(rows.targets))
+
+        def row_loss(logits, teacher_logits, targets, paired, share):
+            return {
+                "ce": cross_entropy(logits, targets),
+                "kd": paired * self.settings.divergence(logits[:, self.student_shared], teacher_logits),
+                "aligned": paired.to(logits.dtype),
+                "teacher_entropy": share * entropy(teacher_logits),
+            }
+
+        return over_vocabulary(
+            row_loss,
+            [
+                (rows.hidden, student.head),
+                (teacher.rows.hidden.detach()[partner], _restricted(teacher.head.detach(), self.teacher_shared)),
+            ],
+            [rows.targets, paired, mean_over(paired, rows.counts, torch.float32)],
+            weights={"ce": self.settings.ce_rate, "kd": self.settings.kd_rate},
+            diagnostics=["aligned", "teacher_entropy"],
+        )
+
+
+def _restricted(head: Head, ids: torch.Tensor) -> Head:
+    """The head of some tokens alone."""
+    return Head(head.weight[ids], len(ids), None if head.bias is None else head.bias[ids])
