@@ -172,6 +172,46 @@ def test_diagnostics_are_counted_and_no_part_of_the_loss():
     assert terms.diagnostics["correct"].item() == (logits.argmax(-1) == targets).sum()
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+def test_differentiable_rows_get_the_gradient_of_the_plain_formula(chunk):
+    (h_s, head_s), (h_t, head_t), targets = _problem()
+    factor = torch.rand(11, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves = [factor, h_s.requires_grad_(), head_s.weight.requires_grad_()]
+
+    def row_loss(z_s, z_t, targets, factor):
+        found = _row_loss(factor[:, :1] * z_s, z_t, targets)
+        return {"ce": factor[:, 1] * found["ce"], "kd": found["kd"]}
+
+    def scaled():  # depends on the states, which the gradient then reaches in two ways
+        return factor * h_s.sum(-1, keepdim=True).tanh()
+
+    terms = over_vocabulary(
+        row_loss, [(h_s, head_s), (h_t, head_t)], [targets], WEIGHTS, chunk=chunk, differentiable_rows=[scaled()]
+    )
+    logits = h_s @ head_s.weight.T + head_s.bias, h_t @ head_t.weight.T
+    plain = sum(WEIGHTS[name] * loss.sum() for name, loss in row_loss(*logits, targets, scaled()).items())
+    torch.testing.assert_close(terms.total, plain, rtol=1e-12, atol=0)
+    found, expected = (torch.autograd.grad(3 * total, leaves) for total in (terms.total, plain))
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_differentiable_rows_alone_train():
+    """No head needs a gradient, and a row that needs none gets none."""
+    (h_s, head_s), _, targets = _problem()
+    factor, fixed = torch.ones(11, dtype=torch.float64, requires_grad=True), torch.ones(11, dtype=torch.float64)
+    terms = over_vocabulary(
+        lambda z, y, a, b: {"ce": a * b * cross_entropy(z, y)},
+        [(h_s, head_s)],
+        [targets],
+        chunk=2,
+        differentiable_rows=[factor, fixed],
+    )
+    (gradient,) = torch.autograd.grad(terms.total, factor)
+    torch.testing.assert_close(gradient, cross_entropy(h_s @ head_s.weight.T + head_s.bias, targets))
+    assert fixed.grad is None
+
+
 def test_no_rows_give_a_loss_of_zero():
     (h_s, head_s), (h_t, head_t), targets = _problem(n=0)
     h_s.requires_grad_()

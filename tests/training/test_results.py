@@ -160,7 +160,8 @@ def test_metrics_and_arguments_tell_all(models_folder, tmp_path):
     job = jobs.make_job(tmp_path, models_folder, "dskd")
     train(job)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    expected = {"step", "epoch", "loss", "ce", "t2s_ce", "t2s_kd", "s2t_kd", "t2s_correct", "s2t_correct"}
+    expected = {"step", "epoch", "loss", "ce", "t2s_ce", "t2s_kd", "s2t_kd"}
+    expected |= {"t2s_correct", "s2t_correct", "teacher_entropy"}
     expected |= {"learning_rate", "projector_learning_rate", "gradient_norm", "tokens_per_second", "memory_mb"}
     assert line.keys() == expected
     parts = 0.5 * line["ce"] + 0.5 * (line["t2s_ce"] + line["t2s_kd"] + line["s2t_kd"])

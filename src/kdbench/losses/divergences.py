@@ -88,6 +88,35 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return 0.5 * (p - q).abs().sum(-1)
 
 
+def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """β KL(p ‖ m) + (1-β) KL(q ‖ m), m = βp + (1-β)q; at β = 0 it is KL(p ‖ q), at β = 1 KL(q ‖ p) (Agarwal et al. 2023, arXiv 2306.13649).
+
+    Of positive measures, which need not sum to 1: then the sums Σ p (log p - log m) stand for the KLs. For 0 < β < 1 the divergence is
+    never negative and 0 at p = q alone; at the two ends that holds of probabilities only.
+
+    Args:
+        log_q: (r, k) logarithms of the student's measure.
+        log_p: (r, k) of the teacher's.
+        beta: between 0 and 1.
+
+    Returns:
+        (r,) nats.
+    """
+    log_q, log_p = (measure.clamp(min=_log_zero(measure)) for measure in (log_q, log_p))
+    if beta == 0:
+        return _kl(log_p, log_q)
+    if beta == 1:
+        return _kl(log_q, log_p)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-Σ p log p of softmax(logits): (r, V) -> (r,) nats. A diagnostic: without gradient."""
+    log_p = _log_probabilities(logits.detach(), 1.0)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 OBJECTIVES = {
     function.__name__: function
     for function in (

@@ -16,8 +16,12 @@ def sorted_l1(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         (r,), between 0 and 2.
     """
-    q = F.softmax(student_logits, dim=-1).sort(dim=-1, descending=True).values
-    p = F.softmax(teacher_logits, dim=-1).sort(dim=-1, descending=True).values
+    return sorted_difference(F.softmax(student_logits, dim=-1), F.softmax(teacher_logits, dim=-1))
+
+
+def sorted_difference(q: Tensor, p: Tensor) -> Tensor:
+    """Σ_k |q_(k) - p_(k)| of two positive measures: (r, V_s) and (r, V_t) -> (r,)."""
+    q, p = (measure.sort(dim=-1, descending=True).values for measure in (q, p))
     longest = max(q.shape[-1], p.shape[-1])
     q, p = F.pad(q, (0, longest - q.shape[-1])), F.pad(p, (0, longest - p.shape[-1]))
     return (q - p).abs().sum(-1)

@@ -20,6 +20,7 @@ def over_vocabulary(
     weights: dict[str, float] | None = None,
     diagnostics: Collection[str] = (),
     chunk: int | None = None,
+    differentiable_rows: Sequence[Tensor] = (),
 ) -> Terms:
     """Sum a row-wise loss over rows of logits without ever holding more than `chunk` rows of them.
 
@@ -28,13 +29,14 @@ def over_vocabulary(
     derivatives are refused. Products are computed in autocast's type where it is on, else in the wider type of hidden state and weight.
 
     Args:
-        row_loss: plain function of logits (r, V_i), one per head, float32 or wider, and then of `rows` cut to the same r rows;
-            returns named losses (r,). Any gradient that it needs to stop, it detaches itself.
+        row_loss: plain function of logits (r, V_i), one per head, float32 or wider, and then of `rows` and `differentiable_rows` cut to
+            the same r rows; returns named losses (r,). Any gradient that it needs to stop, it detaches itself.
         heads: pairs of hidden states (n, d_i) and the head that turns them into logits. All have the same n.
         rows: further tensors (n, ...) to hand to `row_loss`, such as targets; no gradient flows into them.
         weights: factor of each named loss in the total, 1 where none is given.
         diagnostics: names among those of `row_loss` that are only counted: no part of the total.
         chunk: rows at a time; by default as many as make 2^24 logits of the largest head.
+        differentiable_rows: further tensors (n, ...) like `rows`, but gradients flow into them.
 
     Returns:
         The weighted total (differentiable), the unweighted sums by name, and the diagnostics.
@@ -42,7 +44,8 @@ def over_vocabulary(
     chunk, tensors = _arguments(heads, chunk)
     weights = (weights or {}) | dict.fromkeys(diagnostics, 0.0)
     names: list[str] = []
-    total, sums = _OverVocabulary.apply(row_loss, tuple(rows), weights, chunk, torch.is_grad_enabled(), names, *tensors)
+    settings = row_loss, tuple(rows), weights, chunk, torch.is_grad_enabled(), names, len(differentiable_rows)
+    total, sums = _OverVocabulary.apply(*settings, *differentiable_rows, *tensors)
     found = dict(zip(names, sums, strict=True))
     return Terms(
         total,
@@ -95,11 +98,13 @@ def _computed_in(device: torch.device) -> torch.dtype | None:
 
 
 class _OverVocabulary(torch.autograd.Function):
-    """Tensors come as hidden, weight, bias for each head; `names` is filled with the names of the losses."""
+    """Tensors come as the differentiable rows, then hidden, weight, bias for each head; `names` is filled with the names of the losses."""
 
     @staticmethod
-    def forward(ctx, row_loss, rows, weights, chunk, trains, names, *tensors):
-        wanted = [trains and needed for needed in ctx.needs_input_grad[6:]]
+    def forward(ctx, row_loss, rows, weights, chunk, trains, names, extra, *tensors):
+        wanted = [trains and needed for needed in ctx.needs_input_grad[7:]]
+        inputs = [_Input(*of) for of in zip(tensors[:extra], wanted[:extra], strict=True)]
+        tensors, wanted = tensors[extra:], wanted[extra:]
         device = tensors[0].device
         compute = _computed_in(device)
         with torch.autocast(device.type, enabled=False):
@@ -107,20 +112,20 @@ class _OverVocabulary(torch.autograd.Function):
             totals = None
             for part in _parts(tensors[0].shape[0], chunk):
                 with torch.enable_grad():
-                    logits = [head.logits(part) for head in heads]
-                    losses = row_loss(*logits, *(row[part] for row in rows))
+                    made = [source.rows(part) for source in (*heads, *inputs)]
+                    losses = row_loss(*made[: len(heads)], *(row[part] for row in rows), *made[len(heads) :])
                     weighted = torch.stack([weights.get(name, 1.0) * loss.sum() for name, loss in losses.items()]).sum()
-                trained = [index for index, head in enumerate(heads) if head.trains]
+                trained = [pair for pair in zip((*heads, *inputs), made, strict=True) if pair[0].trains]
                 if trained and weighted.requires_grad:
-                    gradients = torch.autograd.grad(weighted, [logits[index] for index in trained], allow_unused=True)
-                    for index, gradient in zip(trained, gradients, strict=True):
+                    gradients = torch.autograd.grad(weighted, [of for _, of in trained], allow_unused=True)
+                    for (source, _), gradient in zip(trained, gradients, strict=True):
                         if gradient is not None:
-                            heads[index].collect(part, gradient)
+                            source.collect(part, gradient)
                 found = torch.stack([loss.detach().sum() for loss in losses.values()])
                 totals = found if totals is None else totals + found
         names[:] = losses
         factors = torch.tensor([weights.get(name, 1.0) for name in names], dtype=totals.dtype, device=device)
-        ctx.gradients = [gradient for head in heads for gradient in head.gradients()]
+        ctx.gradients = [gradient for source in (*inputs, *heads) for gradient in source.gradients()]
         ctx.mark_non_differentiable(totals)
         return (factors * totals).sum(), totals
 
@@ -128,7 +133,7 @@ class _OverVocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, _):
         scaled = [None if gradient is None else gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients]
-        return None, None, None, None, None, None, *scaled
+        return *[None] * 7, *scaled
 
 
 class _RowsOverVocabulary(torch.autograd.Function):
@@ -145,7 +150,7 @@ class _RowsOverVocabulary(torch.autograd.Function):
                 _Projection(*tensors[i : i + 3], False, False, False, ctx.compute) for i in range(0, len(tensors), 3)
             ]
             found = [
-                row_function(*(head.logits(part) for head in heads), *(row[part] for row in rows))
+                row_function(*(head.rows(part) for head in heads), *(row[part] for row in rows))
                 for part in _parts(tensors[0].shape[0], chunk)
             ]
         return torch.cat(found)
@@ -166,7 +171,7 @@ class _RowsOverVocabulary(torch.autograd.Function):
             trained = [head for head in heads if head.trains]
             for part in _parts(tensors[0].shape[0], ctx.chunk):
                 with torch.enable_grad():
-                    logits = [head.logits(part) for head in heads]
+                    logits = [head.rows(part) for head in heads]
                     found = ctx.row_function(*logits, *(row[part] for row in rows))
                 inputs = [made for head, made in zip(heads, logits, strict=True) if head.trains]
                 if not found.requires_grad:
@@ -191,7 +196,7 @@ class _Projection:
         self.to_weight = torch.zeros_like(weight, dtype=wide) if train_weight else None
         self.to_bias = torch.zeros_like(bias, dtype=wide) if train_bias else None
 
-    def logits(self, part: slice) -> Tensor:
+    def rows(self, part: slice) -> Tensor:
         with torch.no_grad():
             logits = (self.hidden[part].to(self.compute) @ self.matrix.T).to(self.wide)
             if self.bias is not None:
@@ -211,3 +216,20 @@ class _Projection:
         to_weight = None if self.to_weight is None else self.to_weight.to(self.weight.dtype)
         to_bias = None if self.to_bias is None else self.to_bias.to(self.bias.dtype)
         return self.to_hidden, to_weight, to_bias
+
+
+class _Input:
+    """A tensor with a value for each row, and the gradient that comes back."""
+
+    def __init__(self, values, trains):
+        self.values, self.trains = values, trains
+        self.gradient = torch.zeros_like(values) if trains else None
+
+    def rows(self, part: slice) -> Tensor:
+        return self.values[part].detach().requires_grad_(self.trains)
+
+    def collect(self, part: slice, gradient: Tensor) -> None:
+        self.gradient[part] = gradient
+
+    def gradients(self):
+        return (self.gradient,)

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from kdbench.losses.cross_entropy import correct, cross_entropy
+from kdbench.losses.divergences import entropy
 from kdbench.losses.vocabulary import over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_same_tokens, require_signal
 from kdbench.settings import Float
@@ -64,6 +65,7 @@ class Dskd(Method):
             return {
                 "s2t_kd": settings.divergence(projected[:, :size], logits[:, :size], objective="forward_kl"),
                 "s2t_correct": correct(projected, targets),
+                "teacher_entropy": entropy(logits[:, :size]),
             }
 
         to_student = self.t2s(teacher_hidden.to(self.t2s.weight.dtype))
@@ -79,5 +81,5 @@ class Dskd(Method):
             [(to_teacher, teacher_head), (teacher_hidden, teacher_head)],
             [targets],
             weights={"s2t_kd": settings.kd_rate},
-            diagnostics=["s2t_correct"],
+            diagnostics=["s2t_correct", "teacher_entropy"],
         )

@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
+from kdbench.losses import chunks
 from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.divergences import entropy
 from kdbench.losses.uld import sorted_l1
 from kdbench.losses.vocabulary import over_vocabulary
 from kdbench.methods.base import Method, MethodSettings, Needs, require_signal
@@ -48,9 +51,18 @@ class Uld(Method):
             [student.rows.targets],
             weights={"ce": self.settings.ce_rate},
         )
-        distance = over_vocabulary(
-            lambda z_s, z_t: {"uld": sorted_l1(z_s[:, : sizes[0]], z_t[:, : sizes[1]])},
+        weight = chunks.mean_weights(student.rows.sequence[ours], student.rows.counts, torch.float32)
+
+        def row_loss(z_s, z_t, weight):
+            z_s, z_t = z_s[:, : sizes[0]], z_t[:, : sizes[1]]
+            return {"uld": sorted_l1(z_s, z_t), "teacher_entropy": weight * entropy(z_t)}
+
+        terms = reference + over_vocabulary(
+            row_loss,
             [(student.rows.hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher.head.detach())],
+            [weight],
             weights={"uld": self.settings.kd_rate},
+            diagnostics=["teacher_entropy"],
         )
-        return reference + distance
+        terms.diagnostics["aligned"] = torch.ones_like(ours).sum()
+        return terms

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.divergences import entropy
 from kdbench.losses.vocabulary import over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, require_same_tokens
 from kdbench.settings import Float
@@ -40,6 +41,7 @@ class VanillaKd(Method):
             return {
                 "ce": cross_entropy(student_logits, targets),
                 "kd": self.settings.divergence(student_logits[:, :size], teacher_logits[:, :size]),
+                "teacher_entropy": entropy(teacher_logits[:, :size]),
             }
 
         return over_vocabulary(
@@ -47,4 +49,5 @@ class VanillaKd(Method):
             [(student.rows.hidden, student.head), (teacher.rows.hidden.detach(), teacher.head.detach())],
             [student.rows.targets],
             weights={"ce": self.settings.ce_rate, "kd": self.settings.kd_rate},
+            diagnostics=["teacher_entropy"],
         )
