@@ -123,7 +123,10 @@ class Method(nn.Module, ABC):
         """The loss of a batch, as sums over its response tokens. `teacher` is None where `needs` asks for no signal."""
 
     def initialize(self, student: Head, teacher: Head) -> None:
-        """Set what starts from the models' heads; called once, on the device, before a training that starts from nothing."""
+        """Set what starts from the models' heads; called on the device at the start of every attempt, with the untrained student's.
+
+        Parameters set here are those of a training that starts from nothing: one that resumes overwrites them from its checkpoint.
+        """
 
     def observe(self, sums: dict[str, float], tokens: int, step: int) -> dict[str, float]:
         """Look at a step that is done, the same numbers in every process: for what a method adapts without gradient.

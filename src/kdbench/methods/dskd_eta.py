@@ -77,8 +77,8 @@ class DskdEta(Method):
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("label", label.index_put((shared[:, 1],), shared[:, 0]), persistent=False)
         self.t2s = nn.Linear(teacher.hidden, student.hidden, bias=False)
-        # A resumed training may not be initialised again: this is part of the checkpoint.
-        self.register_buffer("teacher_factor", torch.zeros(teacher.hidden, teacher.hidden))
+        # No buffer: an engine in bfloat16 would round it. It is made anew by `initialize` in every attempt.
+        self.teacher_factor = torch.zeros(teacher.hidden, teacher.hidden)
         self._agreement = 0.0
 
     @classmethod
@@ -87,7 +87,7 @@ class DskdEta(Method):
 
     @torch.no_grad()
     def initialize(self, student: Head, teacher: Head) -> None:
-        self.teacher_factor.copy_(inverse_factor(teacher.weight, self.shared[:, 1]))
+        self.teacher_factor = inverse_factor(teacher.weight, self.shared[:, 1]).to(self.t2s.weight.dtype)
         if self.settings.initial_t2s:
             factor = inverse_factor(student.weight, self.shared[:, 0])
             product = cross_product(student.weight, teacher.weight, self.shared, torch.float64)
