@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 LOCK := envs/requirements.lock
 WITH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test quick env lint format docs clean
+.PHONY: demo test test-golden quick env lint format docs clean
 
 ## the embedded experiment, from nothing to results/table.csv
 demo: env
@@ -33,6 +33,10 @@ test: lint
 ## the tests that take seconds
 quick: env
 	$(WITH) python -m pytest -n 2 --dist loadfile -m "not slow"
+
+## the golden numbers alone, and how many cases of each group; KDBENCH_GOLDEN=DIR takes those of another folder
+test-golden: env
+	$(WITH) python -m pytest tests/golden -n 2 --dist loadfile -rf --every-case
 
 lint: env
 	$(WITH) ruff check .

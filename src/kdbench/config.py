@@ -1,5 +1,6 @@
 """Reading a configuration: everything that can be wrong with it is found here, before any work, one line for each mistake."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -140,17 +141,26 @@ def _methods(config: Config):
         block = dict(block or {})
         method = block.get("method", name)
         at = f"methods.{name}" + (".method" if "method" in block else "")
-        if method not in methods.names():
-            yield f"{at}: {nearest(str(method), methods.names(), 'a method')} (give another name's method by `method:`)"
+        try:
+            cls = methods.get(str(method))
+        except UserError as error:
+            yield f"{at}: {error}" + ("" if "method" in block else " (give another name's method by `method:`)")
             continue
         for objective in objectives(block):
             keys = {key: value for key, value in block.items() if key not in _METHOD_KEYS}
             if objective is not None:
                 keys["objective"] = objective
             try:
-                validate(methods.get(method).Settings, keys, ("methods", name))
+                validate(cls.Settings, keys, ("methods", name))
             except UserError as error:
                 yield from _lines(error)
+
+
+def _known(config: Config):
+    """The blocks whose methods there are, with these."""
+    for name, block in config.methods.items():
+        with contextlib.suppress(UserError):  # `_methods` tells of those that are not
+            yield name, methods.get(str((block or {}).get("method", name)))
 
 
 def objectives(block: dict) -> list:
@@ -224,6 +234,7 @@ def _vocabularies(config: Config):
 
 
 def _tokenizers(config: Config):
+    known = dict(_known(config))
     for name, experiment in config.experiments.items():
         teacher = config.teachers.get(experiment.teacher)
         if teacher is None or not {teacher.model, experiment.student} <= config.models.keys():
@@ -231,8 +242,7 @@ def _tokenizers(config: Config):
         if same_tokenizer(config, experiment.student, teacher.model) is not False:
             continue
         for index, key in enumerate(experiment.methods):
-            method = (config.methods.get(key) or {}).get("method", key)
-            if method in methods.names() and not methods.get(method).across_tokenizers:
+            if key in known and not known[key].across_tokenizers:
                 works = [other for other in methods.names() if methods.get(other).across_tokenizers]
                 yield (
                     f"experiments.{name}.methods[{index}]: {key} needs one tokenizer for student and teacher, but {experiment.student} and"

@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         name: folder under `methods/`; that of the block in the configuration, with the objective where the block lists several.
-        method: name in the registry.
+        method: name in the registry, or the path of the file that defines it.
         settings: of the method, defaults written out.
         training: merged from the general settings, the experiment's and the method's.
         needs: what the workflow prepares for it.
@@ -145,8 +145,11 @@ class Plan:
         return identity
 
     def _trained(self, train: str, dev: str, training: Training, method: str, settings: dict) -> dict:
+        identity = {"name": method, "version": methods.get(method).version, "settings": settings}
+        if (content := methods.sha256(method)) is not None:
+            identity["sha256"] = content
         return {
-            "method": {"name": method, "version": methods.get(method).version, "settings": settings},
+            "method": identity,
             "training": training.model_dump(exclude={"teacher"}),
             "train": self.data(train),
             "dev": self.data(dev),

@@ -35,6 +35,9 @@ Each block of `methods` is named after a method, or names it by `method:`, so th
       vanilla_kd: {objective: [forward_kl, reverse_kl]}         # a list of objectives: one variant each, vanilla_kd.forward_kl, ...
       vanilla_kd_hot: {method: vanilla_kd, temperature: 4.0}    # another name for the same method
       dskd: {training: {learning_rate: 1.0e-4}}                 # differences to the general `training`
+      mine: {method: my_methods/cosine.py, kd_rate: 0.3}        # a method of your own: a Python file, see docs/adding_a_method.md
+
+Methods of installed packages (entry points of the group `kdbench.methods`) go by their names, like those below.
 """
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     for name, cls in _SECTIONS.items():
         parts.append(_table(name, cls))
     parts.append(_BLOCKS)
-    for name in methods.names():
+    for name in methods.own():
         parts.append(_table(f"`{name}`", methods.get(name).Settings, level=3))
     print("\n".join(parts).rstrip())
 

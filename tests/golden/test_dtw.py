@@ -1,7 +1,5 @@
 """Warping paths, edit distances and lexical costs against the published code of DSKD and MCW-KD."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,14 +7,7 @@ from kdbench.alignment.dtw import path_costs, warping_path
 from kdbench.alignment.spelling import bare, edit_distances, lexical_costs, one_to_one
 from kdbench.alignment.vocabulary import BYTE, PIECE, SPECIAL, Texts, relate
 from kdbench.data.spans import _byte_letters
-from tests.golden.golden import FOLDER, loader, needs_golden
-
-
-def cases(group):
-    """Every case of a group that has no arrays of its own; a single skipped one without the folder."""
-    if not (FOLDER / f"{group}.json").exists():
-        return [pytest.param(None, marks=needs_golden, id="absent")]
-    return [pytest.param(case, id=case["name"]) for case in json.loads((FOLDER / f"{group}.json").read_text())["cases"]]
+from tests.golden import golden
 
 
 def mapped(path, rows):
@@ -28,7 +19,7 @@ def stripped(case, side):
     return [token.replace(case[f"{side}_marker"], "") for token in case[f"{side}_tokens"]]
 
 
-@pytest.mark.parametrize("case", cases("dtw_alignment"))
+@pytest.mark.parametrize("case", golden.cases("dtw_alignment"))
 def test_path_of_mined(case):
     """The teacher is the first series, markers are no part of a token."""
     distances = edit_distances(stripped(case, "student"), stripped(case, "teacher"))
@@ -41,7 +32,7 @@ def test_path_of_mined(case):
     assert one_to_one(distances).tolist() == alone
 
 
-@pytest.mark.parametrize("case", cases("dtw_alignment"))
+@pytest.mark.parametrize("case", golden.cases("dtw_alignment"))
 def test_paths_and_lexical_costs_of_mcw_kd(case):
     """Whole tokens, one path with either side as the first series; costs only on these."""
     student, teacher = case["student_tokens"], case["teacher_tokens"]
@@ -71,7 +62,7 @@ def as_bytes(token, marker):
     return token.replace(marker, " ").encode()
 
 
-@pytest.mark.parametrize("case", cases("dtw_alignment"))
+@pytest.mark.parametrize("case", golden.cases("dtw_alignment"))
 def test_bytes_spell_as_letters_do(case):
     """Distances of bytes are those of the published strings, but where SentencePiece names bytes or characters of several of them."""
     sides = []
@@ -94,31 +85,33 @@ def texts(params, side):
     return Texts([as_bytes(name, marker) for name in names], kinds, params[f"{side}_eos_id"])
 
 
-@pytest.mark.parametrize("group", ["min_edit_dis_kld", "mcw_kd", "mcw_kd_dual"])
-@needs_golden
-def test_map_of_the_vocabulary(group):
+GROUPS = ("min_edit_dis_kld", "mcw_kd", "mcw_kd_dual")
+MAPS = [of for group in GROUPS for of in golden.parameters(group, counted=False) if of.values[2] != "f32"]
+
+
+@pytest.mark.parametrize(("case", "inputs", "precision"), MAPS)
+def test_map_of_the_vocabulary(case, inputs, precision):
     """The published maps are those of the tokens in use alone, and count the marker of a word's start as a letter.
 
     So the published token is the first one at minimum distance of the names, and ours, wherever it is another one, is nearer or as near
     without the markers. Where the same text is there, the two agree.
     """
-    for case, inputs, _ in loader().cases(group):
-        params, published = case["params"], inputs["tea2stu"]
-        ours = relate(texts(params, "student"), texts(params, "teacher"))
-        names = params["student_tokens"]
-        asked = [name.replace(params["teacher_marker"], params["student_marker"]) for name in params["teacher_tokens"]]
-        by_name = edit_distances(names, asked).argmin(0)
-        assert (by_name == published).all()
-        bares = [
-            [name.replace(params[f"{side}_marker"], "") for name in params[f"{side}_tokens"]]
-            for side in ("student", "teacher")
-        ]
-        letters = edit_distances(*bares)
-        everyone = np.arange(len(published))
-        nearest = ours.nearest.numpy()
-        differ = nearest != published
-        assert (letters[nearest, everyone] <= letters[published, everyone])[differ].all()
-        same = [name in names for name in asked]
-        assert not differ[same].any()
-        assert differ.mean() < 0.06
-        assert (ours.distance.numpy()[same] == 0).all()
+    params, published = case["params"], inputs["tea2stu"]
+    ours = relate(texts(params, "student"), texts(params, "teacher"))
+    names = params["student_tokens"]
+    asked = [name.replace(params["teacher_marker"], params["student_marker"]) for name in params["teacher_tokens"]]
+    by_name = edit_distances(names, asked).argmin(0)
+    assert (by_name == published).all()
+    bares = [
+        [name.replace(params[f"{side}_marker"], "") for name in params[f"{side}_tokens"]]
+        for side in ("student", "teacher")
+    ]
+    letters = edit_distances(*bares)
+    everyone = np.arange(len(published))
+    nearest = ours.nearest.numpy()
+    differ = nearest != published
+    assert (letters[nearest, everyone] <= letters[published, everyone])[differ].all()
+    same = [name in names for name in asked]
+    assert not differ[same].any()
+    assert differ.mean() < 0.06
+    assert (ours.distance.numpy()[same] == 0).all()

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from kdbench import files
+from kdbench import files, methods
 from kdbench.data.tokens import Tokens
+from kdbench.errors import UserError
 from kdbench.settings import Hardware, Training
 from kdbench.training.job import Job
 
@@ -28,9 +29,14 @@ def job(options: argparse.Namespace, **more) -> Job:
     """The training that the options ask for; `more` adds what only distillation has.
 
     Raises:
-        UserError: an input is missing or damaged.
+        UserError: an input is missing or damaged; the file of a method is not the one that the identity is of.
     """
     identity = files.read_json(options.config)
+    method = identity["method"]["name"]
+    if methods.sha256(method) != identity["method"].get("sha256"):
+        raise UserError(
+            f"method {method}: the file has changed since {options.config} was written; run snakemake again"
+        )
     manifest = files.read_manifest(options.model, "model")
     for tokens in (options.train, options.dev):
         files.read_manifest(tokens, "tokens")
@@ -43,7 +49,7 @@ def job(options: argparse.Namespace, **more) -> Job:
         student=Path(files.folder_of(options.model)),
         train=Tokens.load(files.folder_of(options.train)),
         dev=Tokens.load(files.folder_of(options.dev)),
-        method=identity["method"]["name"],
+        method=method,
         method_settings=identity["method"]["settings"],
         trust_remote_code=manifest.get("trust_remote_code", False),
         **more,

@@ -136,7 +136,8 @@ class Plain:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _state(self) -> dict[str, Tensor]:
-        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        named = self.module.named_parameters(remove_duplicate=False)  # a tied head goes by two names
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
         return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
 
     def weights(self) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+from tests.training.conftest import models_folder  # noqa: F401  (a fixture)
