@@ -233,7 +233,16 @@ def head(model, size: int) -> Head:
 
 def embed(model):
     """Its input embeddings as a function of ids."""
-    return model.get_input_embeddings()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def look_up(ids: Tensor) -> Tensor:
+        found = table(ids)
+        _ = (
+            head.weight
+        )  # where it is the table's, ZeRO stage 3 has just put it away; reading it brings it back for the losses
+        return found
+
+    return look_up
 
 
 def shape(model, tokenizer) -> Shape:

@@ -13,6 +13,7 @@ import torch
 
 from kdbench import models
 from kdbench.alignment.pairs import Alignment
+from kdbench.alignment.spelling import Spelling
 from kdbench.data.tokens import Tokens, TokenSide
 from kdbench.methods.base import Shape
 from kdbench.settings import Hardware, InitModel, TrainedTokenizer, Training
@@ -20,6 +21,7 @@ from kdbench.teacher.live import Live
 from kdbench.training import engines
 from kdbench.training.job import Job
 from kdbench.training.run import train
+from tests.methods import relations
 from tests.shared import ROOT
 
 TEXTS = ["the red cat sat on the mat and saw another red cat", "a dog ran after the ball over the hill"] * 20
@@ -38,7 +40,10 @@ METHODS = {
     "dskd": {},
     "uld": {"alignment": "index"},
     "uld-byte": {"alignment": "byte"},
+    "dskd_eta": {},
+    "mcw_kd": {"update_every": 2},
 }
+ONE_TOKENIZER = ("sft", "vanilla_kd", "dskd")
 
 
 def make_models(folder: Path) -> None:
@@ -99,12 +104,21 @@ def make_alignment(tokens: Tokens) -> Alignment:
     return Alignment(student, student + 1, np.concatenate([[0], np.cumsum([len(pair) for pair in pairs])]))
 
 
+def make_spelling(tokens: Tokens, alignment: Alignment) -> Spelling:
+    """Random distances of tokens of up to four bytes."""
+    generator = np.random.default_rng(6)
+    lengths = [generator.integers(1, 5, len(side.ends)).astype(np.uint8) for side in (tokens.student, tokens.teacher)]
+    counts = [side.response_counts for side in (tokens.student, tokens.teacher)]
+    starts = np.concatenate([[0], np.cumsum(counts[0] * counts[1])])
+    return Spelling(generator.integers(0, 4, starts[-1]).astype(np.uint8), starts, *lengths, alignment)
+
+
 def make_job(
     output, folder, method="sft", student="student", training=None, hardware=None, seed=5, rows=ROWS, **more
 ) -> Job:
     """A job on the models of `make_models`; changed settings are given as dictionaries."""
     training, hardware = TRAINING | (training or {}), HARDWARE | (hardware or {})
-    same = not method.startswith("uld")
+    same = method in ONE_TOKENIZER
     tokens = make_tokens(rows, 3, same)
     name = "teacher" if same else "other"
 
@@ -115,8 +129,10 @@ def make_job(
         width = 24
         vocabulary = VOCABULARY if same else TEACHER_VOCABULARY
         more = {"teacher": teacher, "teacher_shape": Shape(width, width, vocabulary)} | more
-    if method == "uld-byte":
+    if not same:
         more["alignment"] = make_alignment(tokens)
+        more["spelling"] = make_spelling(tokens, more["alignment"])
+        more["vocabulary"] = relations.vocabulary(VOCABULARY, TEACHER_VOCABULARY)
     return Job(
         output=Path(output),
         identity={"method": method, "training": training},

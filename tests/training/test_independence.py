@@ -90,11 +90,16 @@ def test_bf16_is_near_fp32(reference, models_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dskd", "uld-byte"])
+@pytest.mark.parametrize("method", ["dskd", "uld-byte", "mcw_kd"])
 def test_two_processes(method, reference, models_folder, tmp_path):
     jobs.launch_processes(output=tmp_path, folder=models_folder, method=method, training=LAST)
     assert_same(tmp_path, reference(method))
     assert json.loads((tmp_path / "args.json").read_text())["world"] == 2
+    if method == "mcw_kd":  # the weights of its costs are those of the whole batch in either process
+        for cost in ("alpha_logits_kl", "alpha_hidden_context"):
+            path, alone = (jobs.metrics(output, cost) for output in (tmp_path, reference(method)))
+            assert path == pytest.approx(alone, rel=1e-4)
+            assert len(set(path)) > 2
 
 
 @pytest.mark.slow
@@ -107,9 +112,11 @@ def test_more_processes_than_records_in_the_last_batch(models_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_two_processes(stage, reference, models_folder, tmp_path):
-    method = {0: "sft", 1: "dskd", 2: "vanilla_kd", 3: "uld-byte"}[stage]
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [(0, "sft"), (1, "dskd"), (2, "vanilla_kd"), (2, "mcw_kd"), (3, "uld-byte"), (3, "dskd_eta"), (3, "mcw_kd")],
+)
+def test_deepspeed_two_processes(stage, method, reference, models_folder, tmp_path):
     hardware = {"engine": "deepspeed", "zero_stage": stage}
     jobs.launch_processes(
         output=tmp_path, folder=models_folder, method=method, training=LAST, hardware=hardware, persistent=0

@@ -247,6 +247,19 @@ def test_two_processes_stop_together_and_go_on(engine, models_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["mcw_kd", "dskd_eta"])
+def test_what_a_method_adapts_goes_on(method, models_folder, tmp_path):
+    """Two processes, stopped between two updates of what is adapted without gradient."""
+    options = OPTIONS | {"folder": models_folder, "method": method}
+    launch_processes(output=tmp_path / "whole", **options)
+    launch_processes(output=tmp_path / "run", stop_in=[1, 3], expected=1, **options)
+    launch_processes(output=tmp_path / "run", **options)
+    assert_equal(tmp_path / "run", tmp_path / "whole")
+    for key in {"mcw_kd": ("alpha_logits_kl", "alpha_hidden_context"), "dskd_eta": ("t2s_agreement",)}[method]:
+        assert jobs.metrics(tmp_path / "run", key) == jobs.metrics(tmp_path / "whole", key)
+
+
+@pytest.mark.slow
 def test_kill_9_at_any_time(models_folder, tmp_path):
     options = OPTIONS | {"training": {"epochs": 12, "keep_best": 2}, "hardware": {"checkpoint_seconds": 0.05}}
     train(jobs.make_job(tmp_path / "whole", models_folder, **options))

@@ -173,7 +173,8 @@ class McwKd(Method):
         require_signal("mcw_kd", teacher)
         if step.pairs is None or step.spelling is None:
             raise ValueError("method mcw_kd asks for pairs of rows and distances of spelling, and got none")
-        terms = self.cma(student, teacher, step)
+        # Not called as a module: ZeRO stage 3 would put away the student's head when that is done, which is needed below.
+        terms = self.cma.forward(student, teacher, step)
         projected = self.ot(teacher.rows.hidden.detach().to(self.ot.weight.dtype))
         if self.settings.anchor_rate:
             terms += self._anchor(student, projected, step.pairs)
