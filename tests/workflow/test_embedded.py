@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 def test_orderings_of_the_embedded_experiment(untouched):
     shutil.copy2(ROOT / "config/config.yaml", untouched.folder / "config/config.yaml")
-    untouched.succeed(timeout=1800)
+    untouched.succeed(timeout=3600)
     table = pd.read_csv(untouched.folder / "results/table.csv", keep_default_na=False)
     assert list(table.columns[:4]) == ["experiment", "method", "student", "teacher"]
     same, cross = (
