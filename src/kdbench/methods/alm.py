@@ -10,7 +10,7 @@ from kdbench.losses import alm, chunks
 from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.vocabulary import rows_over_vocabulary
-from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require_signal
+from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Signal, Step, Terms, Vocabulary, weighted
 
@@ -73,8 +73,7 @@ class Alm(Method):
     ):
         super().__init__(settings, student, teacher)
         if settings.debias:
-            if vocabulary is None:
-                raise ValueError("method alm asks for the relation of the vocabularies and got none")
+            require("alm", "the relation of the vocabularies", vocabulary)
             self.register_buffer("student_begins", vocabulary.student_begins_word, persistent=False)
             self.register_buffer("teacher_begins", vocabulary.teacher_begins_word, persistent=False)
 
@@ -84,8 +83,7 @@ class Alm(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("alm", teacher)
-        if step.chunks is None:
-            raise ValueError("method alm asks for chunks of rows and got none")
+        require("alm", "chunks of rows", step.chunks)
         settings, rows = self.settings, student.rows
         ours, theirs = step.chunks
         ce, *q = self._student_rows(student)

@@ -175,5 +175,10 @@ def require_same_tokens(method: str, student: Signal, teacher: Signal | None) ->
 
 def require_signal(method: str, teacher: Signal | None) -> None:
     """Raises ValueError where the training loop hands no teacher to a method that asked for one."""
-    if teacher is None:
-        raise ValueError(f"method {method} asks for a teacher's signal and got none")
+    require(method, "a teacher's signal", teacher)
+
+
+def require(method: str, what: str, given) -> None:
+    """Raises ValueError where a method does not get what its `needs` ask for."""
+    if given is None:
+        raise ValueError(f"method {method} asks for {what} and got none")

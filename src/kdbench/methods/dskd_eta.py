@@ -11,7 +11,7 @@ from kdbench.losses.divergences import entropy
 from kdbench.losses.projection import cross_product, inverse_factor
 from kdbench.losses.sequences import mean_over, partners
 from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
-from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_signal
+from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Head, Signal, Step, Terms, Vocabulary
 
@@ -70,8 +70,7 @@ class DskdEta(Method):
     ):
         super().__init__(settings, student, teacher)
         require_signal("dskd_eta", teacher)
-        if vocabulary is None:
-            raise ValueError("method dskd_eta asks for the relation of the vocabularies and got none")
+        require("dskd_eta", "the relation of the vocabularies", vocabulary)
         shared = vocabulary.shared
         label = torch.full((teacher.vocabulary,), -1, dtype=torch.long, device=shared.device)
         self.register_buffer("shared", shared, persistent=False)
@@ -106,8 +105,7 @@ class DskdEta(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("dskd_eta", teacher)
-        if step.pairs is None:
-            raise ValueError("method dskd_eta asks for pairs of rows and got none")
+        require("dskd_eta", "pairs of rows", step.pairs)
         settings, sizes = self.settings, (student.head.size, teacher.head.size)
         rows, student_head, teacher_head = student.rows, student.head.detach(), teacher.head.detach()
         partner, paired = partners(step.pairs, len(rows.targets))

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdbench.losses import chunks, gold
 from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
-from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require_signal
+from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Signal, Step, Terms, Vocabulary
 
@@ -75,8 +75,7 @@ class Gold(Method):
     ):
         super().__init__(settings, student, teacher)
         require_signal("gold", teacher)
-        if vocabulary is None:
-            raise ValueError("method gold asks for the relation of the vocabularies and got none")
+        require("gold", "the relation of the vocabularies", vocabulary)
         for name, ids, size in zip(
             ("student", "teacher"), vocabulary.shared.unbind(1), (student.vocabulary, teacher.vocabulary), strict=True
         ):
@@ -97,8 +96,7 @@ class Gold(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("gold", teacher)
-        if step.chunks is None:
-            raise ValueError("method gold asks for chunks of rows and got none")
+        require("gold", "chunks of rows", step.chunks)
         settings, rows = self.settings, student.rows
         sizes = student.head.size, teacher.head.size
         temperatures = settings.student_temperature, settings.teacher_temperature

@@ -13,7 +13,7 @@ from kdbench.losses.ot import cost_weights, sinkhorn, sinkhorn_divergence
 from kdbench.losses.semi_dual import semi_dual, semi_dual_potentials
 from kdbench.losses.sequences import pad
 from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
-from kdbench.methods.base import Method, Needs, Shape, require_signal
+from kdbench.methods.base import Method, Needs, Shape, require, require_signal
 from kdbench.methods.dskd_cma import DskdCma, DskdCmaSettings
 from kdbench.settings import Bool, Float, Int
 from kdbench.signals import Head, Signal, Step, Terms, weighted
@@ -171,8 +171,8 @@ class McwKd(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("mcw_kd", teacher)
-        if step.pairs is None or step.spelling is None:
-            raise ValueError("method mcw_kd asks for pairs of rows and distances of spelling, and got none")
+        require("mcw_kd", "pairs of rows", step.pairs)
+        require("mcw_kd", "distances of spelling", step.spelling)
         # Not called as a module: ZeRO stage 3 would put away the student's head when that is done, which is needed below.
         terms = self.cma.forward(student, teacher, step)
         projected = self.ot(teacher.rows.hidden.detach().to(self.ot.weight.dtype))

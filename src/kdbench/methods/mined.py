@@ -9,7 +9,7 @@ from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.mined import first_of_preimage, first_preimage, largest_of_preimage, one_hot_divergence
 from kdbench.losses.vocabulary import over_vocabulary
-from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_signal
+from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require, require_signal
 from kdbench.settings import Float
 from kdbench.signals import Signal, Step, Terms, Vocabulary
 
@@ -51,8 +51,7 @@ class Mined(Method):
         self, settings: MinedSettings, student: Shape, teacher: Shape | None, vocabulary: Vocabulary | None = None
     ):
         super().__init__(settings, student, teacher)
-        if vocabulary is None:
-            raise ValueError("method mined asks for the relation of the two vocabularies and got none")
+        require("mined", "the relation of the two vocabularies", vocabulary)
         self.register_buffer("nearest", vocabulary.nearest, persistent=False)
         if settings.preimage == "first":
             first = first_preimage(vocabulary.nearest, student.vocabulary)
@@ -64,8 +63,7 @@ class Mined(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("mined", teacher)
-        if step.pairs is None:
-            raise ValueError("method mined asks for pairs of rows and got none")
+        require("mined", "pairs of rows", step.pairs)
         settings, size, teacher_size = self.settings, student.head.size, teacher.head.size
         hidden, targets = student.rows.hidden, student.rows.targets
         ours, theirs = step.pairs.unbind(1)

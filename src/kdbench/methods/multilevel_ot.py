@@ -12,7 +12,7 @@ from kdbench.losses.divergences import entropy
 from kdbench.losses.ot import sinkhorn
 from kdbench.losses.sequences import pad
 from kdbench.losses.vocabulary import rows_over_vocabulary
-from kdbench.methods.base import Method, MethodSettings, Needs, require_signal
+from kdbench.methods.base import Method, MethodSettings, Needs, require, require_signal
 from kdbench.settings import Bool, Float, Int
 from kdbench.signals import Head, Rows, Signal, Step, Terms, weighted
 
@@ -76,8 +76,7 @@ class MultilevelOt(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("multilevel_ot", teacher)
-        if step.pairs is None:
-            raise ValueError("method multilevel_ot asks for pairs of rows and got none")
+        require("multilevel_ot", "pairs of rows", step.pairs)
         settings = self.settings
         counts, teacher_counts = student.rows.counts, teacher.rows.counts
         k = min(settings.top_k, student.head.size, teacher.head.size)

@@ -9,7 +9,7 @@ from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.sequences import mean_over, partners
 from kdbench.losses.vocabulary import over_vocabulary
-from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_signal
+from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require, require_signal
 from kdbench.settings import Float
 from kdbench.signals import Head, Signal, Step, Terms, Vocabulary
 
@@ -47,8 +47,7 @@ class SimpleCtkd(Method):
         vocabulary: Vocabulary | None = None,
     ):
         super().__init__(settings, student, teacher)
-        if vocabulary is None:
-            raise ValueError("method simple_ctkd asks for the relation of the vocabularies and got none")
+        require("simple_ctkd", "the relation of the vocabularies", vocabulary)
         for name, ids in zip(("student_shared", "teacher_shared"), vocabulary.shared.unbind(1), strict=True):
             self.register_buffer(name, ids, persistent=False)
 
@@ -58,8 +57,7 @@ class SimpleCtkd(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("simple_ctkd", teacher)
-        if step.pairs is None:
-            raise ValueError("method simple_ctkd asks for pairs of rows and got none")
+        require("simple_ctkd", "pairs of rows", step.pairs)
         rows = student.rows
         partner, paired = partners(step.pairs, len(rows.targets))
 

@@ -10,7 +10,7 @@ from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.uld import sorted_l1
 from kdbench.losses.vocabulary import over_vocabulary
-from kdbench.methods.base import Method, MethodSettings, Needs, require_signal
+from kdbench.methods.base import Method, MethodSettings, Needs, require, require_signal
 from kdbench.settings import Float
 from kdbench.signals import Signal, Step, Terms
 
@@ -41,8 +41,7 @@ class Uld(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("uld", teacher)
-        if step.pairs is None:
-            raise ValueError("method uld asks for pairs of rows and got none")
+        require("uld", "pairs of rows", step.pairs)
         ours, theirs = step.pairs.unbind(1)
         sizes = student.head.size, teacher.head.size
         reference = over_vocabulary(
