@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 LOCK := envs/requirements.lock
 WITH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test test-golden quick env lint format docs clean
+.PHONY: demo test test-golden quick bench env lint format docs clean
 
 ## the embedded experiment, from nothing to results/table.csv
 demo: env
@@ -43,6 +43,10 @@ lint: env
 	$(WITH) ruff format --check .
 	$(WITH) snakefmt --check Snakefile rules workflow/Snakefile
 	$(WITH) snakemake --lint
+
+## time and memory of every method's step: benchmarks/results/bench.md; up to 15 minutes; fails where a ceiling is missed
+bench: env
+	$(WITH) python -m benchmarks.bench
 
 ## rewrite code in the project's format
 format: env

@@ -15,6 +15,7 @@ from kdbench import config as configuration
 from kdbench.errors import UserError
 from kdbench.files import canonical
 from kdbench.plan import Plan
+from kdbench.teacher.parts import part_name, parts_of_job
 
 cli.find_in_jobs(SOURCE)
 
@@ -56,6 +57,7 @@ LOCK = guard_folder()
 CONFIG = PLAN.config
 EVALUATION = CONFIG.evaluation
 HARDWARE = CONFIG.hardware
+_HARDWARE, _GENERATION = canonical(HARDWARE.model_dump()), canonical(PLAN.generation())  # of every job the same
 EXPERIMENTS = list(CONFIG.experiments)
 VARIANTS = {name for variants in PLAN.variants.values() for name in variants}
 FINE_TUNED = {v.name for variants in PLAN.variants.values() for v in variants.values() if v.needs.teacher != "signal"}
@@ -78,7 +80,6 @@ wildcard_constraints:
     group=rf"teachers/({one_of(CONFIG.teachers)})|({one_of(EXPERIMENTS)})/methods/({one_of(VARIANTS)})",
     run=rf"teachers/({one_of(CONFIG.teachers)})|({one_of(EXPERIMENTS)})/methods/({one_of(VARIANTS)})/seed\d+",
     seed=r"\d+",
-    decode=r"\d+",
 
 
 # --- resources: where and how fast, never a reason to run anything again
@@ -119,7 +120,7 @@ def on_devices(wildcards, resources):
 
 def hardware(wildcards, resources):
     """Settings of the machine for a script, as one JSON text."""
-    return canonical(HARDWARE.model_dump())
+    return _HARDWARE
 
 
 # --- data and models
@@ -200,6 +201,23 @@ def teacher_identity(wildcards):
 def cache_tokens_of(wildcards):
     """Tokens whose states a cache holds. They are those of the untuned teacher: tuning changes no tokenizer."""
     return f"results/tokens/{wildcards.student}+{CONFIG.teachers[wildcards.teacher].model}/{wildcards.dataset}/manifest.json"
+
+
+CACHE = "results/teachers/{teacher}/cache/{student}/{dataset}"
+
+
+def cache_parts(job, jobs):
+    """What a job of so many writes of a teacher's cache."""
+    return [f"{CACHE}/{part_name(part)}/manifest.json" for part in parts_of_job(job, jobs)]
+
+
+def cache_folder(wildcards):
+    return CACHE.format(**wildcards)
+
+
+def numbers_of_parts(wildcards, output):
+    """Those that a job writes. They follow from its outputs, and are no reason for a rerun by themselves."""
+    return [Path(path).parent.name.removeprefix(part_name("")) for path in output]
 
 
 def cache_dtype(wildcards):
@@ -299,7 +317,12 @@ def run_model_of(wildcards):
 
 
 def generation_settings(wildcards):
-    return canonical(PLAN.generation())
+    return _GENERATION
+
+
+def decode_seeds(wildcards, output):
+    """One for each output; they are no reason for a rerun by themselves, outputs that are not there yet are."""
+    return EVALUATION.decode_seeds
 
 
 def group_config_of(wildcards):

@@ -201,6 +201,10 @@ BAD = {
         ["experiments.same_tokenizer.seeds[0]:", "-1"],
     ),
     "several seeds of greedy decoding": (put("evaluation", "decode_seeds", [10, 20]), ["evaluation:", "greedy"]),
+    "compiling weights that are taken apart": (
+        put("hardware", {"compile": True, "engine": "deepspeed", "zero_stage": 3}),
+        ["hardware:", "zero_stage"],
+    ),
     "name with a slash": (
         put("experiments", "a/b", copy.deepcopy(EMBEDDED["experiments"]["same_tokenizer"])),
         ["a/b", "names consist of"],

@@ -112,6 +112,20 @@ def test_damage_is_found(tmp_path, damage, what):
     assert f"--forcerun {tmp_path}/data/manifest.json" in str(told.value)
 
 
+def test_of_large_folders_the_small_files_are_hashed(tmp_path, monkeypatch):
+    """Sizes are looked at in any case."""
+    make(tmp_path / "data")
+    flipped(tmp_path / "data")
+    hashed, plain = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or plain(path))
+    monkeypatch.setattr(files, "_HASHED_ON_READ", 302)  # bytes: 300 and 3 are one too many
+    files.read_manifest(tmp_path / "data", "records")
+    assert hashed == ["records.jsonl"]
+    truncated(tmp_path / "data")
+    with pytest.raises(UserError, match="299 bytes instead of 300"):
+        files.read_manifest(tmp_path / "data", "records")
+
+
 def test_other_kind_or_no_manifest(tmp_path):
     make(tmp_path / "data")
     with pytest.raises(UserError, match="describes records, not model"):

@@ -83,21 +83,21 @@ def tokens(vocabulary: int, lengths=((3, 5), (7, 2), (2, 9), (5, 1), (4, 4)), se
     )
 
 
-def side(data, rows, extra_padding: int = 0, padding_id: int = 0) -> Side:
+def side(data, rows) -> Side:
     """The tensors of some records, written position by position."""
-    width = max(int(data.starts[row + 1] - data.starts[row]) for row in rows) + extra_padding
-    input_ids = torch.full((len(rows), width), padding_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    positions, targets, sequence = [], [], []
+    ids, places, lengths, positions, targets, sequence = [], [], [], [], [], []
     for i, row in enumerate(rows):
-        ids = data.ids[data.starts[row] : data.starts[row + 1]]
-        for position, token in enumerate(ids.tolist()):
-            input_ids[i, position], mask[i, position] = token, 1
-            if position >= data.prompt_lengths[row]:
-                positions.append(i * width + position - 1)
+        record = data.ids[data.starts[row] : data.starts[row + 1]].tolist()
+        for place, token in enumerate(record):
+            if place >= data.prompt_lengths[row]:
+                positions.append(len(ids) - 1)
                 targets.append(token)
                 sequence.append(i)
+            ids.append(token)
+            places.append(place)
+        lengths.append(len(record))
     sequence = torch.tensor(sequence)
+    counts = torch.bincount(sequence, minlength=len(rows))
     return Side(
-        input_ids, mask, torch.tensor(positions), torch.tensor(targets), sequence, torch.bincount(sequence, minlength=len(rows))
-    )  # fmt: skip
+        *map(torch.tensor, (ids, places)), tuple(lengths), *map(torch.tensor, (positions, targets)), sequence, counts
+    )

@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from kdbench import methods
@@ -52,8 +53,9 @@ def merged_training(config: Config, *differences: dict, at: tuple = ()) -> Train
     return validate(Training, keys, at)
 
 
+@cache
 def gpus_here() -> int:
-    """GPUs of this machine."""
+    """GPUs of this machine; asked once, for Snakemake wants to know it of every job."""
     if not shutil.which("nvidia-smi"):
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from kdbench.errors import UserError
 
 MANIFEST = "manifest.json"
-# bytes; larger files are compared by size alone when they are read: hashing 14 GB at every start is no check but a delay
+# bytes of a folder, its smallest files first; the others are compared by size alone when it is read: hashing 14 GB at every start is no
+# check but a delay
 _HASHED_ON_READ = 256 * 2**20
 
 
@@ -76,18 +77,35 @@ def write_manifest(folder, kind: str, **facts) -> dict:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = facts | {"kind": kind, "files": files}
+    return _write_manifest(folder, facts | {"kind": kind, "files": files})
+
+
+def join_manifests(folder, parts: dict[str, dict], kind: str, **facts) -> dict:
+    """A manifest over folders that are finished already and lie in `folder`: their files stay where they are, and are not read.
+
+    Args:
+        folder: gets the `manifest.json`.
+        parts: manifest of each part, by the name of its folder.
+        kind: what they are together.
+        facts: what else must be known of them.
+    """
+    files = {f"{name}/{file}": of for name, manifest in parts.items() for file, of in manifest["files"].items()}
+    return _write_manifest(Path(folder), facts | {"kind": kind, "files": files})
+
+
+def _write_manifest(folder: Path, content: dict) -> dict:
     manifest = content | {"fingerprint": fingerprint(content)}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def read_manifest(folder, kind: str) -> dict:
+def read_manifest(folder, kind: str, remedy: str | None = None) -> dict:
     """Read the manifest of a folder and check the files that it lists.
 
     Args:
         folder: the folder, or the path of its `manifest.json`.
         kind: what it must hold ("model", "records", "tokens", "alignment", "spelling", "vocabulary", "teacher cache").
+        remedy: what to do about damage; by default to force the rule of this very manifest.
 
     Raises:
         UserError: no manifest, another kind, a missing or changed file; says which and how to make it anew.
@@ -97,20 +115,49 @@ def read_manifest(folder, kind: str) -> dict:
     if not path.exists():
         raise UserError(f"{folder} holds no finished {kind} ({MANIFEST} is missing): run the rule that makes it")
     manifest = read_json(path)
-    remedy = f"make it anew: snakemake --cores all --forcerun {path}"
+    remedy = remedy or f"make it anew: snakemake --cores all --forcerun {path}"
     if not isinstance(manifest, dict) or not {"kind", "files", "fingerprint"} <= manifest.keys():
         raise UserError(f"{path} is no manifest; {remedy}")
     if manifest["kind"] != kind:
         raise UserError(f"{path} describes {manifest['kind']}, not {kind}: give another folder")
-    for name, facts in manifest["files"].items():
+    left = _HASHED_ON_READ
+    for name, facts in sorted(manifest["files"].items(), key=lambda entry: entry[1]["bytes"]):
         file = folder / name
         if not file.exists():
             raise UserError(f"{file} is missing; {remedy}")
         if file.stat().st_size != facts["bytes"]:
             raise UserError(f"{file} is damaged ({file.stat().st_size} bytes instead of {facts['bytes']}); {remedy}")
-        if facts["bytes"] <= _HASHED_ON_READ and sha256(file) != facts["sha256"]:
+        left -= facts["bytes"]
+        if left >= 0 and sha256(file) != facts["sha256"]:
             raise UserError(f"{file} is damaged (its sha256 is not that of {path}); {remedy}")
     return manifest
+
+
+def check_space(path, needed: int, what: str, advice: str) -> None:
+    """Make sure that there is room for what is to be written.
+
+    Args:
+        path: what is to be written, a file or folder; need not exist.
+        needed: bytes.
+        what: what it is, for the message.
+        advice: what else can be done about too small a disk than to make room.
+
+    Raises:
+        UserError: the file system of `path` has fewer bytes free; says how many of each.
+    """
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{what} {path} needs {needed / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free: make room, or {advice}"
+        )
+
+
+def allocated(folder) -> int:
+    """Bytes that the files of a folder take on the disk; 0 where there is none."""
+    return sum(path.stat().st_blocks * 512 for path in Path(folder).rglob("*") if path.is_file())
 
 
 def folder_of(path) -> Path:

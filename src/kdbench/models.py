@@ -1,4 +1,4 @@
-"""Models and tokenizers: making, loading, reading and saving them. The only place that knows transformers and peft by name."""
+"""Models and tokenizers: making, loading, reading, saving them. With `packing` the only place that knows transformers and peft by name."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdbench import files
+from kdbench import files, packing
 from kdbench.data.batches import Side
 from kdbench.errors import UserError
 from kdbench.methods.base import Shape
@@ -138,6 +138,28 @@ def load(folder, precision: str = "fp32", trust_remote_code: bool = False, train
     return model
 
 
+def outline(folder, trust_remote_code: bool = False):
+    """A causal language model without its weights, on PyTorch's meta device: its sizes are known before gigabytes are read.
+
+    Args:
+        folder: as for `load`; of an adapter its base model.
+        trust_remote_code: as for `load`.
+
+    Raises:
+        UserError: the folder holds no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter = Path(folder) / "adapter_config.json"
+    base = files.read_json(adapter)["base_model_name_or_path"] if adapter.exists() else folder
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no model can be loaded ({str(error).splitlines()[0]})") from None
+
+
 def device(gpus: int | str) -> torch.device:
     """Where a single process computes: a GPU if `hardware.gpus` allows it and there is one."""
     return torch.device("cuda") if gpus != 0 and torch.cuda.is_available() else torch.device("cpu")
@@ -254,12 +276,37 @@ def shape(model, tokenizer) -> Shape:
     )
 
 
+def pack(model) -> bool:
+    """Let a model read batches without padding from now on, if it can; whether it can. One that cannot has its batches padded."""
+    return packing.enable(transformer(model))
+
+
+def compile_body(model) -> None:
+    """Let torch.compile make the part of a model below its head faster, for any number of tokens in a batch; in place, no name changes.
+
+    To be called after `pack`, which tries a model out. The first batches then take minutes; another number of sequences in a batch takes as
+    long once more.
+
+    Raises:
+        UserError: on a CPU, where there is no C++ compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if model.device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "hardware.compile: this machine has no C++ compiler (g++, clang++ or what the variable CXX names): "
+                "install one, or set `compile: false`"
+            ) from None
+    transformer(model).compile(dynamic=True)
+
+
 def response_rows(model, side: Side) -> Rows:
     """Run a model over one side of a batch and keep the final hidden states that predict response tokens."""
-    hidden = transformer(model)(
-        input_ids=side.input_ids, attention_mask=side.attention_mask, use_cache=False
-    ).last_hidden_state
-    return rows(hidden.flatten(0, 1)[side.positions], side)
+    return rows(packing.states(transformer(model), side)[side.positions], side)
 
 
 def rows(hidden: Tensor, side: Side) -> Rows:
@@ -269,7 +316,7 @@ def rows(hidden: Tensor, side: Side) -> Rows:
         hidden: (n, d) final hidden states at its response positions.
         side: the tensors of the batch.
     """
-    inputs = side.input_ids.flatten()[side.positions]
+    inputs = side.input_ids[side.positions]
     return Rows(hidden, side.targets, side.sequence, side.counts, inputs)
 
 

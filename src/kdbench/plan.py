@@ -14,6 +14,7 @@ from kdbench.data.world import ROWS
 from kdbench.settings import Config, EmbeddedData, HubModel, InitModel, Training
 from kdbench.vocabularies import architecture
 
+ANSWERS_VERSION = 1  # raised when the same model, prompt, settings and decode seed give another answer
 LOOP_VERSION = 1  # raised when a change of the training loop, the batches or the texts changes every run's numbers
 
 
@@ -159,7 +160,11 @@ class Plan:
 
     def generation(self) -> dict:
         """What decides the answers of a model besides the model, the prompts and the decode seed."""
-        return {"decoding": self.config.evaluation.decoding().model_dump(), "text": self.config.text.model_dump()}
+        return {
+            "decoding": self.config.evaluation.decoding().model_dump(),
+            "text": self.config.text.model_dump(),
+            "version": ANSWERS_VERSION,
+        }
 
 
 def _content(path: Path) -> str:

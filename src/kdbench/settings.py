@@ -225,6 +225,10 @@ class Decoding(Settings):
     )
     max_new_tokens: Annotated[Int, Field(ge=1)] = Field(256, description="tokens of an answer at most")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the weights while generating")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what runs the model: transformers, or vLLM where it is installed (untested on GPU; it samples other answers)",
+    )
 
     @field_validator("no_repeat_ngram_size")
     @classmethod
@@ -232,6 +236,12 @@ class Decoding(Settings):
         if size == 1:  # and, in a batch, the end of text, which pads the shorter prompts
             raise ValueError("1 would forbid every token of the prompt; 0 forbids none, or take 2 or more")
         return size
+
+    @model_validator(mode="after")
+    def _vllm_repeats(self):
+        if self.backend == "vllm" and self.no_repeat_ngram_size:
+            raise ValueError("`backend` vllm knows no `no_repeat_ngram_size`: set it to 0 or take `transformers`")
+        return self
 
 
 class Evaluation(Decoding):
@@ -259,6 +269,9 @@ class Evaluation(Decoding):
         return Decoding(**self.model_dump(include=set(Decoding.model_fields)))
 
 
+CACHE_PARTS = 8  # of every teacher cache, however many jobs write them: a number of jobs divides it
+
+
 class Hardware(Settings):
     """Where and how fast, never what: nothing here is a reason to run anything again."""
 
@@ -275,9 +288,24 @@ class Hardware(Settings):
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = Field(
         1, description="ZeRO stage of DeepSpeed: what it shards over the processes"
     )
-    micro_batch_size: Annotated[Int, Field(ge=1)] = Field(8, description="sequences of one forward pass of one process")
-    generation_batch_size: Annotated[Int, Field(ge=1)] = Field(32, description="sequences that generate together")
+    micro_batch_size: Annotated[Int, Field(ge=1)] = Field(
+        8, description="sequences of one forward pass of one process at most"
+    )
+    micro_batch_tokens: Annotated[Int, Field(ge=1)] | None = Field(
+        None,
+        description="tokens (the student's) of one forward pass of one process at most; batches have no padding, so memory follows it",
+    )
+    generation_batch_size: Annotated[Int, Field(ge=1)] = Field(
+        32, description="sequences that a model writes, or reads without learning, at the same time"
+    )
+    cache_jobs: Literal[1, 2, 4, 8] = Field(
+        1, description="jobs, each on a GPU of its own where there are any, that share the work on one teacher's cache"
+    )
     gradient_checkpointing: Bool = Field(False, description="compute activations twice and store them once")
+    compile: Bool = Field(
+        False,
+        description="torch.compile of student and live teacher below their heads: minutes at the start, on a CPU hardly faster after it",
+    )
     checkpoint_seconds: Annotated[Float, Field(ge=0)] = Field(
         300.0, description="seconds between checkpoints; 0 writes one each step"
     )
@@ -290,6 +318,14 @@ class Hardware(Settings):
     runtime_hours: Annotated[Float, Field(gt=0)] = Field(
         24.0, description="time limit of a heavy job on a cluster, hours"
     )
+
+    @model_validator(mode="after")
+    def _whole_weights_are_compiled(self):
+        if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                "`compile` needs whole weights, and `zero_stage` 3 takes them apart between layers: take at most 2, or leave `compile` out"
+            )
+        return self
 
 
 class Config(Settings):

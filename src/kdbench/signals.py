@@ -45,6 +45,12 @@ class Head:
         """The same head for a loss that must not train it."""
         return Head(self.weight.detach(), self.size, None if self.bias is None else self.bias.detach())
 
+    def of_tokens(self) -> "Head":
+        """The same head without rows beyond the tokenizer's tokens; nothing is copied."""
+        if self.weight.shape[0] == self.size:
+            return self
+        return Head(self.weight[: self.size], self.size, None if self.bias is None else self.bias[: self.size])
+
 
 @dataclass(frozen=True)
 class Signal:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -35,18 +36,6 @@ def test_order_follows_seed_and_epoch_alone():
     assert order(0, 1) != order(0, 2)
 
 
-def test_sorting_within_a_step_saves_padding():
-    def waste(micro_batches):
-        padded = sum(len(part) * LENGTHS[part].max() for part in micro_batches)
-        return 1 - sum(LENGTHS[part].sum() for part in micro_batches) / padded
-
-    steps = batches.schedule(len(LENGTHS), 64, epoch=0, seed=1)
-    as_drawn = [step[start : start + 8] for step in steps for start in range(0, len(step), 8)]
-    sorted_ones = [part for step in steps for part in batches.split(step, LENGTHS, 0, 1, 8)]
-    assert waste(as_drawn) > 0.4
-    assert waste(sorted_ones) < 0.25
-
-
 def test_lengths_of_steps_follow_no_order():
     means = [LENGTHS[step].mean() for step in batches.schedule(len(LENGTHS), 8, epoch=0, seed=1)]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25
@@ -63,6 +52,25 @@ def test_split_gives_all_processes_equally_many_parts(size, world, micro):
     assert max(len(part) for mine in parts for part in mine) <= micro
 
 
+@pytest.mark.parametrize("tokens", [1, 300, 700, 10**9])
+@pytest.mark.parametrize(("size", "world", "micro"), [(32, 1, 8), (32, 4, 3), (33, 2, 8), (2, 4, 8)])
+def test_split_keeps_to_a_number_of_tokens(size, world, micro, tokens):
+    for batch in batches.schedule(len(LENGTHS), size, epoch=0, seed=1)[:20]:
+        parts = [batches.split(batch, LENGTHS, rank, world, micro, tokens) for rank in range(world)]
+        assert sorted(row for mine in parts for part in mine for row in part) == sorted(batch)
+        assert len({len(mine) for mine in parts}) == 1
+        assert len({id(part) for mine in parts for part in mine}) == sum(
+            map(len, parts)
+        )  # the last of a step is told by `is`
+        for part in (part for mine in parts for part in mine):
+            assert len(part) <= micro
+            assert len(part) <= 1 or LENGTHS[part].sum() <= tokens
+        for mine in parts:  # no two neighbours would fit into one
+            for one, other in itertools.pairwise(mine):
+                if other:
+                    assert len(one) == micro or LENGTHS[one].sum() + LENGTHS[other[0]] > tokens
+
+
 def test_split_of_one_process_has_no_empty_part():
     for size in range(1, 40):
         for micro in range(1, 9):
@@ -73,8 +81,11 @@ def test_split_of_one_process_has_no_empty_part():
 def test_side_equals_the_form_written_position_by_position(rows):
     tokens = jobs.make_tokens(5, seed=9).student
     ours, plain = batches.side(tokens, rows), tiny.side(tokens, rows)
-    for name, value in vars(ours).items():
-        assert torch.equal(value, getattr(plain, name)), name
+    assert ours.lengths == plain.lengths
+    for name in vars(ours).keys() - {"lengths"}:
+        value, expected = getattr(ours, name), getattr(plain, name)
+        assert value.dtype == expected.dtype == torch.int64
+        assert torch.equal(value, expected), name
 
 
 def test_pairs_by_index_reach_to_the_shorter_response():
@@ -202,12 +213,8 @@ def test_what_nobody_asked_for_is_not_there(real):
 def test_a_batch_moves_as_a_whole(real):
     tokens, alignment, spelling = real
     batch = batches.collate(tokens, [0, 1], True, "byte", alignment, spelling, chunks=True, costs=True).to("meta")
-    everything = [
-        *vars(batch.student).values(),
-        *vars(batch.teacher).values(),
-        batch.pairs,
-        *batch.chunks,
-        batch.spelling,
+    sides = [
+        value for side in (batch.student, batch.teacher) for name, value in vars(side).items() if name != "lengths"
     ]
-    assert {value.device.type for value in everything} == {"meta"}
+    assert {value.device.type for value in [*sides, batch.pairs, *batch.chunks, batch.spelling]} == {"meta"}
     assert batch.rows == [0, 1]

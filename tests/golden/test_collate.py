@@ -5,10 +5,10 @@ text, the same for both models and never in the response marker, where the publi
 """
 
 import pytest
-import torch
 
 from kdbench.data import batches
 from kdbench.data.text import encode, full_prompt
+from kdbench.evaluation.decoding import BatchWriter
 from kdbench.evaluation.generation import generate
 from kdbench.settings import Decoding
 from tests.golden import golden, real
@@ -50,29 +50,28 @@ def test_ids_and_labels_of_texts_that_fit(case):
     batch = batches.collate(tokens, range(len(fits)), teacher=True)
     for of in SIDES:
         side = getattr(batch, of)
-        length = side.input_ids.shape[1]
+        texts = side.input_ids.split(side.lengths)
         for row in (row for row, whole in enumerate(fits) if whole):
             want = case[f"{of}_tensors"]["rows"][row]
-            assert side.attention_mask[row].sum() == want["length"] + 1
-            assert side.input_ids[row, : want["length"]].tolist() == want["input_ids"]
+            assert side.lengths[row] == want["length"] + 1
+            assert texts[row][:-1].tolist() == want["input_ids"]
             labels = side.targets[side.sequence == row]
             assert labels.tolist() == want["labels"]
             assert len(labels) == want["label_count"] == side.counts[row]
-            assert (side.positions[side.sequence == row] - row * length).tolist() == list(
+            assert (side.positions[side.sequence == row] - sum(side.lengths[:row])).tolist() == list(
                 range(want["label_first"], want["label_first"] + want["label_count"])
             )
 
 
 @pytest.mark.parametrize("case", golden.cases("collate"))
 def test_padding_departs(case):
-    """Published: every batch is `max_length` wide, padded with an id of the tokenizer. Ours: as wide as its longest text."""
+    """Published: every batch is `max_length` wide, padded with an id of the tokenizer. Ours: its texts, one after the other."""
     batch = batches.collate(_tokens(case), range(len(case["rows"])), teacher=True)
     for of in SIDES:
-        ids, mask = getattr(batch, of).input_ids, getattr(batch, of).attention_mask
+        side = getattr(batch, of)
         assert case[f"{of}_tensors"]["shape"] == [len(case["rows"]), case["max_length"]]
-        assert ids.shape == mask.shape == (len(case["rows"]), mask.sum(1).max())
-        assert mask.dtype == torch.int64
-        assert (mask.diff(dim=1) <= 0).all()  # on the right
+        assert side.input_ids.shape == side.position_ids.shape == (sum(side.lengths),)
+        assert side.position_ids.tolist() == [place for length in side.lengths for place in range(length)]
 
 
 @pytest.mark.parametrize("case", golden.cases("collate"))
@@ -108,7 +107,8 @@ def test_prompts_of_generation_are_padded_on_the_left(case):
     config = GPT2Config(n_embd=8, n_layer=1, n_head=1, eos_token_id=reader.eos_token_id, **sizes)
     model, seen = GPT2LMHeadModel(config).eval(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    generate(model, reader, chosen, Decoding(temperature=0.0, max_new_tokens=1), real.text(case), 0, len(chosen))
+    writer = BatchWriter(model, reader, len(chosen))
+    generate(writer, chosen, Decoding(temperature=0.0, max_new_tokens=1), real.text(case), [0])
     shown = {
         tuple(ids[mask.bool()].tolist()): (ids, mask)
         for ids, mask in zip(seen[0]["input_ids"], seen[0]["attention_mask"], strict=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdbench.losses import vocabulary
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import forward_kl
 from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
@@ -44,8 +45,12 @@ def _row_loss(z_s, z_t, targets):
 WEIGHTS = {"ce": 0.3, "kd": 1.7}
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 100])
-def test_values_and_all_gradients_equal_the_plain_formula(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "piece"), [(None, None), (1, 1), (4, 4), (4, 1), (5, 3), (11, 2), (11, 11), (100, 4)]
+)
+def test_values_and_all_gradients_equal_the_plain_formula(chunk, piece, monkeypatch):
+    if piece:
+        monkeypatch.setitem(vocabulary._PIECE_ELEMENTS, "cpu", piece * 23)
     (h_s, head_s), (h_t, head_t), targets = _problem()
     leaves = [h_s, head_s.weight, head_s.bias, h_t, head_t.weight]
     for leaf in leaves:
@@ -84,7 +89,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(chunk):
 
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", 7 * 23)
+    monkeypatch.setitem(vocabulary._CHUNK_ELEMENTS, "cpu", 7 * 23)
     seen = []
     (h_s, head_s), _, targets = _problem()
     over_vocabulary(lambda z, y: seen.append(len(z)) or {"ce": cross_entropy(z, y)}, [(h_s, head_s)], [targets])

@@ -82,12 +82,12 @@ class Pair:
         with torch.no_grad():
             self.method.initialize(*(models.head(model, size) for model, size in both))
 
-    def sides(self, rows, **padding):
-        return [tiny.side(data, rows, **padding) for data in self.data]
+    def sides(self, rows):
+        return [tiny.side(data, rows) for data in self.data]
 
-    def terms(self, rows, teacher=None, **padding):
+    def terms(self, rows, teacher=None):
         """The method's terms of a batch; `teacher` a source, by default the running model."""
-        side, teacher_side = self.sides(rows, **padding)
+        side, teacher_side = self.sides(rows)
         ours = models.signal(self.student, side, self.sizes[0])
         if self.name not in WITH_SIGNAL:
             return self.method(ours, None, Step())
@@ -135,4 +135,6 @@ def one_step(name: str):
     """A method with random signals and its step: (method, student, teacher, step)."""
     student, teacher = random_signals(name)
     shapes = [Shape(width, width, signal.head.size) for signal, width in ((student, 5), (teacher, 6))]
-    return build(name, *shapes), student, teacher, step(name, student.rows, teacher.rows)
+    method = build(name, *shapes)
+    method.initialize(student.head.detach(), teacher.head)
+    return method, student, teacher, step(name, student.rows, teacher.rows)

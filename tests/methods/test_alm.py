@@ -58,7 +58,7 @@ def _plain(method, student, teacher, sequences=chunked.SEQUENCES):
 @every
 @pytest.mark.parametrize("elements", [1, 60, 2**24])
 def test_loss_and_gradients_are_those_of_the_formula_in_any_chunks_of_rows(settings, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     student, teacher = chunked.signals()
     method = chunked.build("alm", **settings)
     terms = method(student, teacher, chunked.step())

@@ -78,7 +78,8 @@ def _plain(method, student, teacher, step):
             "t2s_kd": scale * per_row * kd[right].sum(),
             "s2t_kd": scale * forward_kl(s2t[:, :4], z_t, settings.temperature).sum(),
             "t2s_correct": right.double().sum(),
-            "s2t_correct": len(y) * (s2t.argmax(-1) == teacher.rows.targets[theirs]).double().mean(),
+            "s2t_correct": len(y)
+            * (s2t[:, : teacher.head.size].argmax(-1) == teacher.rows.targets[theirs]).double().mean(),
             "max_t2s_prob": t2s.softmax(-1).amax(-1).sum(),
             "teacher_entropy": len(y) * entropy(z_t).mean(),
         }.items():

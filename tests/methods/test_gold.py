@@ -109,7 +109,7 @@ def _compare(method, terms, student, plain, rtol=1e-11):
 @every
 @pytest.mark.parametrize("elements", [1, 60, 2**24])
 def test_loss_and_gradients_are_those_of_the_formula_in_any_chunks_of_rows(settings, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     student, teacher = chunked.signals()
     vocabulary = relations.vocabulary(*chunked.SIZES)
     # 15 of 31 tokens are shared: the weight by default

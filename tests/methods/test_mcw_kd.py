@@ -46,7 +46,7 @@ def _gradients(loss, leaves):
     ],
 )
 def test_transport_terms_and_gradients_are_those_of_the_formula(settings, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     method, student, teacher, step = given(**EXACT, **settings)
     terms, counts = method(student, teacher, step), student.rows.counts.tolist()
     expected, means = {}, {}

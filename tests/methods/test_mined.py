@@ -85,7 +85,7 @@ def _plain(student, teacher, objective="forward_kl", temperature=2.0, preimage="
     ],
 )
 def test_loss_and_gradients_are_those_of_the_formula_in_any_chunks(settings, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     student, teacher = _signals()
     method = _method(**settings)
     terms = method(student, teacher, Step(pairs=PAIRS))

@@ -84,7 +84,7 @@ def _plain(student, teacher, pairs, settings):
     ],
 )
 def test_loss_and_gradients_are_those_of_the_formula_in_any_chunks(pairs, settings, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     student, teacher = _signals()
     found = MultilevelOt.Settings(**settings)
     terms = _run(student, teacher, pairs, **settings)

@@ -33,6 +33,7 @@ def _one(bias=False, **options):
     settings = SimpleCtkd.Settings(**options)
     vocabulary = relations.vocabulary(student.head.size, teacher.head.size)
     method = SimpleCtkd(settings, Shape(5, 5, 23), Shape(6, 6, 31), vocabulary)
+    method.initialize(student.head.detach(), teacher.head)
     return (
         method,
         student,
@@ -51,7 +52,7 @@ def _logits(signal):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("elements", [1, 60, 2**24])
 def test_loss_diagnostics_and_gradients_are_those_of_the_formula(options, bias, elements, monkeypatch):
-    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("kdbench.losses.vocabulary._CHUNK_ELEMENTS", {"cpu": elements})
     method, student, teacher, step, vocabulary = _one(bias, **options)
     terms = method(student, teacher, step)
     divergence = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[method.settings.objective]
@@ -105,6 +106,7 @@ def test_for_one_tokenizer_it_is_vanilla_kd():
     shapes = Shape(5, 5, 23), Shape(6, 6, 23)
     options = {"temperature": 2.0, "objective": "js_divergence"}
     method = SimpleCtkd(SimpleCtkd.Settings(**options), *shapes, vocabulary)
+    method.initialize(student.head.detach(), teacher.head)
     rows = torch.arange(len(student.rows.targets))[:, None].expand(-1, 2)
     ours = method(student, teacher, Step(pairs=rows))
     vanilla = VanillaKd(VanillaKd.Settings(**options), *shapes)(student, teacher, Step())

@@ -1,10 +1,13 @@
 """A training's numbers do not depend on how its work is cut and spread. Gradient norms tell a wrong scale, which AdamW's weights hide."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kdbench import files, packing, teacher
+from kdbench.teacher import cached
 from kdbench.training.run import train
 from tests.training import jobs
 
@@ -46,11 +49,42 @@ def reference(models_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", list(jobs.METHODS))
-def test_micro_batches_and_padding(method, reference, models_folder, tmp_path):
+def test_micro_batches(method, reference, models_folder, tmp_path):
     for size in (1, 3, 5):
         output = tmp_path / str(size)
         train(jobs.make_job(output, models_folder, method, training=LAST, hardware={"micro_batch_size": size}))
         assert_same(output, reference(method))
+
+
+@pytest.mark.parametrize("method", ["vanilla_kd", "uld-byte"])
+def test_a_cache_stands_for_the_teacher(method, reference, models_folder, tmp_path):
+    """All that is left of the teacher is its manifest: a training that would read its weights finds none."""
+    job = jobs.make_job(tmp_path / "run", models_folder, method, training=LAST)
+    known = {"teacher_fingerprint": "of-the-teacher", "tokens_fingerprint": "of-the-tokens"}
+    live = job.teacher(torch.device("cpu"))
+    cached.write(tmp_path / "cache", live.model, live.size, job.train.teacher, "float32", 5, **known)
+    files.write_json(tmp_path / "teacher/manifest.json", {"fingerprint": "of-the-teacher"})
+    source, shape = teacher.from_cache(tmp_path / "cache", tmp_path / "teacher", "of-the-tokens")
+    assert shape == job.teacher_shape
+    train(replace(job, teacher=source, teacher_shape=shape))
+    assert_same(tmp_path / "run", reference(method))
+
+
+@pytest.mark.parametrize(("method", "student"), [("vanilla_kd", "student"), ("uld", "student"), ("sft", "untied")])
+def test_packed_and_padded_batches(method, student, reference, models_folder, tmp_path, monkeypatch):
+    """Student and teacher without padding, as everywhere else here, against the way of architectures that cannot be packed."""
+    packed = reference(method, student)
+    assert "cannot read packed batches" not in (packed / "train.log").read_text()
+    monkeypatch.setattr(packing, "enable", lambda transformer: False)
+    train(jobs.make_job(tmp_path, models_folder, method, student, LAST, {"micro_batch_size": 100}))
+    assert "cannot read packed batches" in (tmp_path / "train.log").read_text()
+    assert_same(tmp_path, packed)
+
+
+def test_micro_batches_by_tokens(reference, models_folder, tmp_path):
+    hardware = {"micro_batch_size": 100, "micro_batch_tokens": 40}
+    train(jobs.make_job(tmp_path, models_folder, "vanilla_kd", training=LAST, hardware=hardware))
+    assert_same(tmp_path, reference("vanilla_kd"))
 
 
 def test_gradient_checkpointing(reference, models_folder, tmp_path):

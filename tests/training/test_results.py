@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -122,6 +124,16 @@ def dev_loss(model, tokens):
     return total / tokens.student.response_counts.sum()
 
 
+def test_too_small_a_disk_for_checkpoints_is_found_before_the_first_step(models_folder, tmp_path, monkeypatch):
+    """Only the free space is made up: a full disk is nothing to make in a test."""
+    parameters = 280 * 16 + 64 * 16 + 2 * (12 * 16 * 16 + 13 * 16) + 2 * 16  # embeddings, positions, layers, last norm
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 3 * 12 * parameters - 1))
+    with pytest.raises(UserError, match=rf"checkpoints {tmp_path}/checkpoints needs .* GB, {tmp_path} has .* GB free"):
+        train(jobs.make_job(tmp_path, models_folder))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_without_keep_best_nothing_but_the_model_stays(models_folder, tmp_path):
     train(jobs.make_job(tmp_path, models_folder))
     assert not (tmp_path / "best").exists()
@@ -166,7 +178,7 @@ def test_metrics_and_arguments_tell_all(models_folder, tmp_path):
     assert line.keys() == expected
     parts = 0.5 * line["ce"] + 0.5 * (line["t2s_ce"] + line["t2s_kd"] + line["s2t_kd"])
     assert line["loss"] == pytest.approx(parts, rel=1e-6)
-    assert json.loads((tmp_path / "config.json").read_text()) == job.identity | {"seed": 5}
+    assert json.loads((tmp_path / "config.json").read_text()) == job.identity | {"seed": job.seed}
     arguments = json.loads((tmp_path / "args.json").read_text())
     assert arguments["method_settings"]["temperature"] == 2.0
     assert arguments["hardware"]["micro_batch_size"] == 3

@@ -222,19 +222,21 @@ def test_cache(folder, teacher, student, dtype, tolerance):
     name = MODEL_OF[f"teachers/{teacher}"]
     where = folder / "results/teachers" / teacher / "cache" / student / "train"
     tokens = Tokens.load(folder / "results/tokens" / f"{student}+{name}" / "train").teacher
-    states, head = load_file(where / "hidden.safetensors"), load_file(where / "head.safetensors")
+    parts = [load_file(where / f"part{part}" / "hidden.safetensors") for part in range(8)]
+    hidden, head = torch.cat([part["hidden"] for part in parts]), load_file(where / "part0/head.safetensors")
     model = load_model(model_folder(folder, f"teachers/{teacher}"), name)
-    assert states["hidden"].dtype == dtype
-    assert states["hidden"].shape == (tokens.response_counts.sum(), model.config.hidden_size)
-    assert states["hidden"].isfinite().all()
-    assert states["starts"].tolist() == tokens.response_starts.tolist()
+    assert hidden.dtype == dtype
+    assert hidden.shape == (tokens.response_counts.sum(), model.config.hidden_size)
+    assert hidden.isfinite().all()
+    counts = torch.cat([part["starts"].diff() for part in parts])
+    assert counts.tolist() == tokens.response_counts.tolist()
     assert head.keys() == {"weight"}  # embeddings are tied
     assert torch.equal(head["weight"], model.get_output_embeddings().weight)
     for row in (0, 15, 31):
         ids = torch.tensor(tokens.row(row))[None].long()
         with torch.no_grad():
             expected = model.model(input_ids=ids).last_hidden_state[0, tokens.prompt_lengths[row] - 1 : -1]
-        found = states["hidden"][states["starts"][row] : states["starts"][row + 1]].float()
+        found = hidden.split(counts.tolist())[row].float()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -1,6 +1,8 @@
 """Change one thing in a finished workflow: exactly what it concerns is planned."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -13,8 +15,8 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 TABLES = {"aggregate"}
 
 
-def evaluation(run, dataset="test", decode=10):
-    return {f"generate {run} {dataset} {decode}", f"score {run} {dataset} {decode}"}
+def evaluation(run, dataset="test"):
+    return {f"generate {run} {dataset}", f"score {run}"}
 
 
 def method(experiment, variant, seed=1, rule="distill"):
@@ -50,8 +52,29 @@ def test_training_seed_added(workflow):
 
 def test_decode_seed_added(workflow):
     workflow.change("evaluation", "decode_seeds", [10, 20])
-    new = {job for run in ALL_RUNS for job in evaluation(run, decode=20)}
+    new = {job for run in ALL_RUNS for job in evaluation(run)}
     assert workflow.planned() == new | {f"collect_scores {group}" for group in ALL_GROUPS} | TABLES
+
+
+def test_answers_of_other_decode_seeds_are_kept(workflow):
+    """They are written by one job, and still only what is missing or of other settings is made."""
+    target, run = "results/cross/methods/uld/scores.csv", "results/cross/methods/uld/seed1"
+    first, second = (workflow.folder / run / f"evaluation/test/decode{seed}/predictions.jsonl" for seed in (10, 20))
+    kept = first.stat()
+    workflow.change("evaluation", "decode_seeds", [10, 20])
+    workflow.succeed(target)
+    assert (first.stat().st_ino, first.stat().st_size) == (kept.st_ino, kept.st_size)
+    assert second.read_bytes() != first.read_bytes()
+    told = (workflow.folder / "logs/generate/cross/methods/uld/seed1/test.log").read_text()
+    assert re.findall("(decode[0-9]+)/.* kept", told) == ["decode10"]
+    assert workflow.planned(target) == set()
+    workflow.change("evaluation", "decode_seeds", [20])
+    assert not {job for job in workflow.planned(target) if job.startswith("generate")}
+    workflow.change("evaluation", "max_new_tokens", 9)
+    before = second.read_bytes()
+    workflow.succeed(target)
+    assert second.read_bytes() != before
+    assert max(json.loads(line)["tokens"] for line in second.read_text().splitlines()) == 9
 
 
 def test_data_set_added(workflow):
@@ -81,7 +104,9 @@ def test_epochs_of_the_teacher(workflow):
     expected = {"configure_teacher tutor", "sft_teacher tutor", "collect_scores teachers/tutor"} | evaluation(
         "teachers/tutor"
     )
-    expected |= {"cache_teacher tutor student train", "cache_teacher tutor foreign train"}
+    expected |= {
+        f"{rule} tutor {of} train" for rule in ("cache_teacher", "join_cache") for of in ("student", "foreign")
+    }
     expected |= {"generate_answers same seqkd", "tokenize_answers same seqkd"} | method(
         "same", "seqkd", rule="sft_student"
     )
@@ -89,6 +114,24 @@ def test_epochs_of_the_teacher(workflow):
         method("same", "vanilla_kd.forward_kl") | method("same", "vanilla_kd.reverse_kl") | method("cross", "uld")
     )
     assert workflow.planned() == expected
+
+
+def test_one_cache_for_all_methods_objectives_seeds_and_epochs(untouched):
+    every = {"objective": ["forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl"]}
+    untouched.change(
+        "methods", {"vanilla_kd": every, "dskd": every, "uld": {}, "uld_byte": {"method": "uld", "alignment": "byte"}}
+    )
+    same, cross = untouched.config["experiments"].values()
+    same |= {"methods": ["vanilla_kd", "dskd"], "seeds": [1, 2, 3]}
+    cross |= {"methods": ["uld", "uld_byte"], "seeds": [1, 2, 3], "training": {"epochs": 5}}
+    untouched.change("experiments", {"same": same, "cross": cross, "again": cross | {"training": {"epochs": 2}}})
+    jobs = untouched.planned()
+    assert len([job for job in jobs if job.startswith("distill ")]) == 3 * (8 + 2 + 2)
+    once = {f"{rule} tutor {of} train" for rule in ("cache_teacher", "join_cache") for of in ("student", "foreign")}
+    assert {job for job in jobs if "cache" in job} == once
+    untouched.change("hardware", {"cache_jobs": 4})
+    more = {f"cache_teacher_{job} tutor {of} train" for job in (2, 3, 4) for of in ("student", "foreign")}
+    assert untouched.planned() == jobs | more
 
 
 def test_decoding_changed(workflow):
@@ -117,7 +160,15 @@ def nothing_comment(workflow):
 def nothing_hardware(workflow):
     workflow.change(
         "hardware",
-        {"gpus": 0, "memory_gb": 99, "disk_gb": 1, "threads": 2, "micro_batch_size": 3, "checkpoint_seconds": 1.0},
+        {
+            "gpus": 0,
+            "memory_gb": 99,
+            "disk_gb": 1,
+            "threads": 2,
+            "micro_batch_size": 3,
+            "checkpoint_seconds": 1.0,
+            "cache_jobs": 4,
+        },
     )
 
 
@@ -177,6 +228,7 @@ def test_copied_elsewhere_without_times(workflow, tmp_path):
     heavy = {
         "sft_teacher",
         "cache_teacher",
+        "join_cache",
         "sft_student",
         "distill",
         "generate_answers",

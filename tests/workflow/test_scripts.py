@@ -36,7 +36,7 @@ TO_FILE = ["--output", "made.json"]
 NOTHING_THERE = {
     "aggregate.py": ["--rows", json.dumps([ROW | {"scores": "nowhere/scores.csv"}]), "--table", "made.csv"],
     "align.py": ["--tokens", "nowhere", *TO_FOLDER],
-    "cache_teacher.py": ["--model", "nowhere", "--tokens", "nowhere", *TO_FOLDER],
+    "cache_teacher.py": ["--model", "nowhere", "--tokens", "nowhere", "--output", "made"],
     "collect_scores.py": ["--scores", "nowhere/evaluation/test/decode10/scores.json", *TO_FILE],
     "distill.py": [*TRAIN, "--teacher", "nowhere", *TO_FOLDER],
     "download_model.py": ["--source", '{"source": "path", "path": "nowhere"}', *TO_FOLDER],
@@ -50,6 +50,7 @@ NOTHING_THERE = {
         "nowhere",
         *TO_FOLDER,
     ],
+    "join_cache.py": ["--output", "nowhere/manifest.json"],
     "map_vocabulary.py": ["--models", "nowhere", "nowhere", *TO_FOLDER],
     "on_gpus.py": ["99", "--", "true"],
     "prepare_data.py": ["--source", '{"source": "file", "path": "nowhere.jsonl"}', "--name", "mine", *TO_FOLDER],

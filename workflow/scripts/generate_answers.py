@@ -2,7 +2,7 @@
 
 import argparse
 
-from kdbench import cli, files, models, progress
+from kdbench import cli, files, progress
 from kdbench.data import records
 from kdbench.evaluation import generation
 from kdbench.settings import Decoding, Hardware, Text
@@ -22,17 +22,15 @@ def main():
     settings = identity["method"]["settings"]
     hardware = Hardware.model_validate_json(options.hardware)
     decoding = Decoding(**{key: settings[key] for key in settings.keys() & Decoding.model_fields.keys()})
-    model, tokenizer = models.for_inference(options.model, hardware, decoding.precision)
-    asked = records.load(files.folder_of(options.records))
+    text = Text.model_validate(identity["text"])
+    writer = generation.load(options.model, hardware, decoding, text)
     answered, dropped = generation.answers(
-        model,
-        tokenizer,
-        asked,
+        writer,
+        records.load(files.folder_of(options.records)),
         decoding,
-        Text.model_validate(identity["text"]),
+        text,
         settings["seed"],
-        hardware.generation_batch_size,
-        progress.over("answers"),
+        progress.over("answers", "record", "records"),
     )
     records.write(files.folder_of(options.output), answered, empty_answers=dropped)
 

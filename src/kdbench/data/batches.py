@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,19 +13,21 @@ from kdbench.alignment.spelling import normalised
 
 @dataclass(frozen=True)
 class Side:
-    """One model's tensors of a batch; sequences are padded on the right to the longest of the batch.
+    """One model's tensors of a batch: the tokens of its sequences one after the other, T in all, without padding.
 
     Attributes:
-        input_ids: (B, L) int64.
-        attention_mask: (B, L) int64, 1 on text.
-        positions: (n,) int64, places in the flattened (B·L) whose next token is a response token; ascending.
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, each token's place in its sequence, from 0.
+        lengths: (B,) tokens of each sequence, as numbers: shapes follow from them, which must not wait for a device.
+        positions: (n,) int64, places in `input_ids` whose next token is a response token; ascending.
         targets: (n,) int64, those response tokens.
         sequence: (n,) int64, the sequence of the batch that each belongs to.
         counts: (B,) int64, response tokens of each sequence.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
     positions: Tensor
     targets: Tensor
     sequence: Tensor
@@ -33,7 +35,8 @@ class Side:
 
     def to(self, device) -> "Side":
         """The same tensors on another device."""
-        return Side(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ def schedule(records: int, batch_size: int, epoch: int, seed: int) -> list[list[
     """The optimizer steps of one epoch: a random order, cut into ceil(records / batch_size) global batches, the last one smaller.
 
     Nothing here depends on the method, on micro-batches or on the number of processes: runs of one seed see the same records in the same
-    order. Lengths have no say either. Batches of records of like length pad less, but such records are often of one kind, and steps that
-    see one kind each learn worse: on the embedded experiment the teacher's dev loss after an epoch was 0.80 with batches sorted by length
-    among 50, and 0.49 with random ones. Padding is saved within a step instead, by `split`.
+    order. Lengths have no say either. Records of like length are often of one kind, and steps that see one kind each learn worse: on the
+    embedded experiment the teacher's dev loss after an epoch was 0.80 with batches sorted by length among 50, and 0.49 with random ones.
+    Sorting would save padding, but there is none: see `Side` and `kdbench.packing`.
 
     Args:
         records: how many there are.
@@ -90,26 +93,44 @@ def schedule(records: int, batch_size: int, epoch: int, seed: int) -> list[list[
     return [order[start : start + batch_size].tolist() for start in range(0, records, batch_size)]
 
 
-def split(batch: Sequence[int], lengths: np.ndarray, rank: int, world: int, micro: int) -> list[list[int]]:
-    """The micro-batches of one process: as many as every other process has, at most `micro` records in each, of like lengths.
+def split(
+    batch: Sequence[int], lengths: np.ndarray, rank: int, world: int, micro: int, tokens: int | None = None
+) -> list[list[int]]:
+    """The micro-batches of one process: as many as every other process has, of like lengths.
 
-    Records go to the processes in turns, by length, so that all of them pad alike and work equally long. Where a process has fewer
-    records than micro-batches, some of them are empty.
+    Records go to the processes in turns, by length, so that all of them work equally long and hold equally much. Where a process has
+    fewer records than micro-batches, some of them are empty.
 
     Args:
         batch: records of a step.
         lengths: (R,) tokens of each record of the data set.
         rank: the process, of `world`.
-        micro: records of one forward pass.
+        micro: records of one forward pass at most.
+        tokens: tokens of one forward pass at most, but for a record that is longer by itself; by default any number.
     """
     batch = np.asarray(batch)
-    mine = batch[np.argsort(lengths[batch], kind="stable")][rank::world]
-    parts = math.ceil(math.ceil(len(batch) / world) / micro)
-    return [part.tolist() for part in np.array_split(mine, parts)]
+    batch = batch[np.argsort(lengths[batch], kind="stable")]
+    if tokens is None:
+        parts = math.ceil(math.ceil(len(batch) / world) / micro)
+        return [part.tolist() for part in np.array_split(batch[rank::world], parts)]
+    cut = [_fill(batch[of::world].tolist(), lengths, micro, tokens) for of in range(world)]
+    return cut[rank] + [[] for _ in range(max(map(len, cut)) - len(cut[rank]))]
+
+
+def _fill(records: list[int], lengths: np.ndarray, micro: int, tokens: int) -> list[list[int]]:
+    """Records in this order, cut where the next one would make it more than `micro` records or `tokens` tokens."""
+    parts, room = [], 0
+    for record in records:
+        if room < lengths[record] or len(parts[-1]) == micro:
+            parts.append([])
+            room = tokens
+        parts[-1].append(record)
+        room -= lengths[record]
+    return parts
 
 
 def side(column, rows: Sequence[int]) -> Side:
-    """One model's tensors of some records, on the CPU. Padding has id 0: masks, never ids, tell it from text.
+    """One model's tensors of some records, on the CPU.
 
     Args:
         column: one side of `kdbench.data.tokens.Tokens`: `ids` (all tokens), `starts` (R + 1), `prompt_lengths` (R), at least 1 each.
@@ -118,24 +139,14 @@ def side(column, rows: Sequence[int]) -> Side:
     rows = np.asarray(rows, dtype=np.int64)
     starts = column.starts[rows]
     sizes = column.starts[rows + 1] - starts
-    prompts = column.prompt_lengths[rows].astype(np.int64)
-    width = int(sizes.max())
-    place = np.arange(width)
-    text = place < sizes[:, None]
-    input_ids = np.zeros((len(rows), width), dtype=np.int64)
-    input_ids[text] = column.ids[_ranges(starts, sizes)]
-    predicts = (place >= prompts[:, None] - 1) & (place < sizes[:, None] - 1)
-    positions = np.flatnonzero(predicts)
-    counts = sizes - prompts
-    arrays = (
-        input_ids,
-        text.astype(np.int64),
-        positions,
-        input_ids.reshape(-1)[positions + 1],
-        np.repeat(np.arange(len(rows)), counts),
-        counts,
-    )
-    return Side(*map(torch.from_numpy, arrays))
+    counts = sizes - column.prompt_lengths[rows]
+    input_ids = column.ids[_ranges(starts, sizes)].astype(np.int64)
+    # The last response token of a sequence stands at its end; what predicts a token stands before it.
+    positions = _ranges(np.cumsum(sizes) - counts, counts) - 1
+    places = _ranges(np.zeros_like(sizes), sizes)
+    sequence = np.repeat(np.arange(len(rows)), counts)
+    tensors = map(torch.from_numpy, (positions, input_ids[positions + 1], sequence, counts))
+    return Side(torch.from_numpy(input_ids), torch.from_numpy(places), tuple(sizes.tolist()), *tensors)
 
 
 def collate(

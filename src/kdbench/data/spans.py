@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdbench.data.text import encode
+from kdbench.data.text import Once, encode
 from kdbench.errors import UserError
 
 _SPACE = "▁"  # how SentencePiece writes a space
@@ -54,15 +54,15 @@ class Spans:
             (ids,) = encode(tokenizer, ["a"])["input_ids"]
             self._before = b" " if self._joined(ids) == b" a" else b""
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokens of each text, with their spans."""
+    def encode(self, texts: Sequence[str], tokenizer: Once | None = None) -> list[Encoded]:
+        """Tokens of each text, with their spans; `tokenizer` is this one, where it has read the texts before."""
         if self._bytes is None:
             found = encode(self._tokenizer, texts, return_offsets_mapping=True)
             rows = zip(texts, found["input_ids"], found["offset_mapping"], strict=True)
             return [self._by_characters(text, ids, offsets) for text, ids, offsets in rows]
         return [
             self._by_bytes(text, ids)
-            for text, ids in zip(texts, encode(self._tokenizer, texts)["input_ids"], strict=True)
+            for text, ids in zip(texts, encode(tokenizer or self._tokenizer, texts)["input_ids"], strict=True)
         ]
 
     def _joined(self, ids) -> bytes:

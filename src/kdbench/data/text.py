@@ -72,6 +72,20 @@ def encode(tokenizer, texts: Sequence[str], **options):
     )
 
 
+class Once:
+    """A tokenizer that reads no text twice: for `encode` without further options. It forgets nothing, so it is for few texts at a time."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, texts: list[str], **options) -> dict[str, list[list[int]]]:
+        new = list({text: None for text in texts if text not in self._known})
+        if new:
+            self._known |= zip(new, self._tokenizer(new, **options)["input_ids"], strict=True)
+        return {"input_ids": [self._known[text] for text in texts]}
+
+
 def fit(record: Record, tokenizers: Sequence, text: Text) -> Fitted:
     """`fit_all` for one record."""
     return fit_all([record], tokenizers, text)[0]
@@ -126,7 +140,7 @@ def _counts(tokenizers, texts) -> np.ndarray:
 
 def _cut_prompt(record: Record, tokenizers, text: Text) -> str:
     def fits(candidate: str) -> bool:
-        return bool((_counts(tokenizers, [candidate]) <= text.max_prompt_tokens).all())
+        return all(_counts([tokenizer], [candidate])[0, 0] <= text.max_prompt_tokens for tokenizer in tokenizers)
 
     def with_input(length: int) -> str:
         return prompt(record.instruction, _beginning(record.input, length), text.template)
@@ -157,7 +171,8 @@ def _cut_response(record: Record, tokenizers, room: np.ndarray, text: Text) -> s
     whole = record.outputs[0]
 
     def fits(length: int) -> bool:
-        return bool((_counts(tokenizers, [_beginning(whole, length)])[:, 0] <= room).all())
+        beginning = [_beginning(whole, length)]
+        return all(_counts([tokenizer], beginning)[0, 0] <= of for tokenizer, of in zip(tokenizers, room, strict=True))
 
     response = _beginning(whole, _longest(len(whole), fits))
     if not response:

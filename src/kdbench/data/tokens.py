@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdbench import files
+from kdbench import files, progress
 from kdbench.data.records import Record
 from kdbench.data.spans import Spans
-from kdbench.data.text import Fitted, fit_all, full_prompt
+from kdbench.data.text import Fitted, Once, fit_all, full_prompt
 from kdbench.errors import UserError
 from kdbench.settings import Text
 
@@ -160,45 +160,61 @@ def tokenize(records: Sequence[Record], student, teacher, text: Text) -> Tokens:
     same = teacher is not None and same_vocabulary(student, teacher)
     tokenizers = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     read = {"student": student} if same else tokenizers
-    fitted = fit_all(records, list(read.values()), text)
-    sides = {name: _side(records, fitted, tokenizer, name) for name, tokenizer in read.items()}
+    columns = {name: _Columns(name, tokenizer) for name, tokenizer in read.items()}
+    prompts_cut = responses_cut = 0
+    for start in progress.over("tokens")(range(0, len(records), _CHUNK)):
+        part = records[start : start + _CHUNK]
+        once = [Once(tokenizer) for tokenizer in read.values()]
+        fitted = fit_all(part, once, text)
+        for side, tokenizer in zip(columns.values(), once, strict=True):
+            side.add(part, fitted, tokenizer)
+        wholes = (full_prompt(record, text.template) for record in part)
+        prompts_cut += sum(one.prompt != whole for whole, one in zip(wholes, fitted, strict=True))
+        responses_cut += sum(not one.complete for one in fitted)
+    sides = {name: side.finish() for name, side in columns.items()}
     return Tokens(
         sides["student"],
         sides["student"] if same else sides.get("teacher"),
         same,
         {name: len(tokenizer) for name, tokenizer in tokenizers.items()},
-        prompts_cut=sum(
-            one.prompt != full_prompt(record, text.template) for record, one in zip(records, fitted, strict=True)
-        ),
-        responses_cut=sum(not one.complete for one in fitted),
+        prompts_cut,
+        responses_cut,
     )
 
 
-def _side(records, fitted: list[Fitted], tokenizer, name: str) -> TokenSide:
-    spans = Spans(tokenizer)
-    end = np.array([tokenizer.eos_token_id], np.int32)
-    ids, ends, lengths, prompt_lengths = [], [], [], []
-    for start in range(0, len(fitted), _CHUNK):
-        part = fitted[start : start + _CHUNK]
-        prompts = spans.encode([one.prompt for one in part])
-        responses = spans.encode([one.response for one in part])
-        for row, (one, asked, said) in enumerate(zip(part, prompts, responses, strict=True), start):
+class _Columns:
+    """One side in the making."""
+
+    def __init__(self, name: str, tokenizer):
+        self._name, self._spans = name, Spans(tokenizer)
+        self._end = np.array([tokenizer.eos_token_id], np.int32)
+        self._ids: list[np.ndarray] = []
+        self._ends: list[np.ndarray] = []
+        self._lengths: list[int] = []
+        self._prompt_lengths: list[int] = []
+
+    def add(self, records: Sequence[Record], fitted: list[Fitted], tokenizer) -> None:
+        prompts = self._spans.encode([one.prompt for one in fitted], tokenizer)
+        responses = self._spans.encode([one.response for one in fitted], tokenizer)
+        for record, one, asked, said in zip(records, fitted, prompts, responses, strict=True):
             for what, found in (("prompt", asked), ("response", said)):
                 if found.difference:
                     raise UserError(
-                        f"{records[row].id}: the {name}'s tokenizer does not give its {what} back: {found.difference};"
+                        f"{record.id}: the {self._name}'s tokenizer does not give its {what} back: {found.difference};"
                         " change or remove this record"
                     )
-            ids += [asked.ids, said.ids]
-            ends.append(said.ends)
+            self._ids += [asked.ids, said.ids]
+            self._ends.append(said.ends)
             if one.complete:
-                ids.append(end)
-                ends.append(np.array([len(one.response.encode()) + 1], np.int32))
-            prompt_lengths.append(len(asked.ids))
-            lengths.append(len(asked.ids) + len(said.ids) + one.complete)
-    return TokenSide(
-        np.concatenate(ids),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        np.array(prompt_lengths, np.int32),
-        np.concatenate(ends),
-    )
+                self._ids.append(self._end)
+                self._ends.append(np.array([len(one.response.encode()) + 1], np.int32))
+            self._prompt_lengths.append(len(asked.ids))
+            self._lengths.append(len(asked.ids) + len(said.ids) + one.complete)
+
+    def finish(self) -> TokenSide:
+        return TokenSide(
+            np.concatenate(self._ids),
+            np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]),
+            np.array(self._prompt_lengths, np.int32),
+            np.concatenate(self._ends),
+        )

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from kdbench import files
 from kdbench.errors import UserError
+
+_IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,44 @@ class Prediction:
     stop: str
 
 
-def write(path, predictions: Sequence[Prediction]) -> None:
-    """JSONL, a line for each answer, all or nothing."""
+def identity(model, records, settings: dict, seed: int) -> dict:
+    """What decides a set of answers: two that agree in it are the same.
+
+    Args:
+        model, records: finished folders, or their manifests.
+        settings: all that decides how a model writes, as JSON.
+        seed: decode seed.
+
+    Raises:
+        UserError: a manifest is missing.
+    """
+    read = {"model": model, "records": records}
+    contents = {kind: files.read_json(files.folder_of(path) / files.MANIFEST) for kind, path in read.items()}
+    made_from = {kind: content["fingerprint"] for kind, content in contents.items()}
+    return made_from | {"settings": settings, "seed": seed}
+
+
+def write(path, predictions: Sequence[Prediction], made_from: dict) -> None:
+    """JSONL, a line for each answer, all or nothing; and beside it, in `identity.json`, what it was made from.
+
+    Args:
+        path: the file.
+        predictions: the answers.
+        made_from: see `identity`.
+    """
+    note = Path(path).with_name(_IDENTITY)
+    note.unlink(missing_ok=True)  # it must never stand beside other answers than its own
     files.write_text(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions))
+    files.write_json(note, {"made_from": made_from, "sha256": files.sha256(path)})
+
+
+def is_made_from(path, made_from: dict) -> bool:
+    """Whether a file holds, unchanged, the answers of this very identity."""
+    path = Path(path)
+    note = path.with_name(_IDENTITY)
+    if not path.exists() or not note.exists():
+        return False
+    return files.read_json(note) == {"made_from": made_from, "sha256": files.sha256(path)}
 
 
 def read(path) -> list[Prediction]:

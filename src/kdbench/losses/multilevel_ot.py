@@ -37,7 +37,7 @@ def log_probabilities_of(logits: Tensor, tokens: Tensor, temperature: float) -> 
     Returns:
         (r, k) nats.
     """
-    scaled = logits / temperature
+    scaled = logits if temperature == 1 else logits / temperature
     return scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True)
 
 

@@ -1,6 +1,6 @@
 """The one place where vocabulary-wide tensors are made: a few rows at a time, for every loss."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from kdbench.signals import Head, Terms
 
-_CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+# Logits of one chunk, which is what the products see: with fewer rows they would wait for the head's weights, not compute.
+_CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
+# Logits of one piece of a chunk, which is what a loss sees. Its many passes are over memory that the processor's cache holds, and that
+# is small enough not to be given back to the system, and cleared anew, for every tensor.
+_PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
 
 RowLoss = Callable[..., dict[str, Tensor]]
 
@@ -35,16 +39,16 @@ def over_vocabulary(
         rows: further tensors (n, ...) to hand to `row_loss`, such as targets; no gradient flows into them.
         weights: factor of each named loss in the total, 1 where none is given.
         diagnostics: names among those of `row_loss` that are only counted: no part of the total.
-        chunk: rows at a time; by default as many as make 2^24 logits of the largest head.
+        chunk: rows at a time; by default as many as make 2^25 logits of the largest head on a CPU, 2^26 on a GPU.
         differentiable_rows: further tensors (n, ...) like `rows`, but gradients flow into them.
 
     Returns:
         The weighted total (differentiable), the unweighted sums by name, and the diagnostics.
     """
-    chunk, tensors = _arguments(heads, chunk)
+    rows_at_a_time, tensors = _arguments(heads, chunk)
     weights = (weights or {}) | dict.fromkeys(diagnostics, 0.0)
     names: list[str] = []
-    settings = row_loss, tuple(rows), weights, chunk, torch.is_grad_enabled(), names, len(differentiable_rows)
+    settings = row_loss, tuple(rows), weights, rows_at_a_time, torch.is_grad_enabled(), names, len(differentiable_rows)
     total, sums = _OverVocabulary.apply(*settings, *differentiable_rows, *tensors)
     found = dict(zip(names, sums, strict=True))
     return Terms(
@@ -69,28 +73,36 @@ def rows_over_vocabulary(
         row_function: plain function of logits (r, V_i), one per head, and of `rows` cut to the same r rows; returns (r, ...).
         heads: pairs of hidden states (n, d_i) and the head that turns them into logits. All have the same n.
         rows: further tensors (n, ...) for `row_function`; no gradient flows into them.
-        chunk: rows at a time; by default as many as make 2^24 logits of the largest head.
+        chunk: rows at a time; by default as many as make 2^25 logits of the largest head on a CPU, 2^26 on a GPU.
 
     Returns:
         (n, ...), with gradients for hidden states and heads.
     """
-    chunk, tensors = _arguments(heads, chunk)
-    return _RowsOverVocabulary.apply(row_function, tuple(rows), chunk, *tensors)
+    rows_at_a_time, tensors = _arguments(heads, chunk)
+    return _RowsOverVocabulary.apply(row_function, tuple(rows), rows_at_a_time, *tensors)
 
 
-def _arguments(heads: Sequence[tuple[Tensor, Head]], chunk: int | None) -> tuple[int, list[Tensor | None]]:
-    """Rows at a time, and the tensors that gradients may flow to."""
+def of_tokens(logits: Tensor, size: int) -> Tensor:
+    """Logits of the tokenizer's tokens: (r, V) -> (r, size). Where the head has no further rows it is the same tensor, for even such a
+    slice would cost a copy in the backward pass."""
+    return logits if logits.shape[1] == size else logits[:, :size]
+
+
+def _arguments(heads: Sequence[tuple[Tensor, Head]], chunk: int | None) -> tuple[tuple[int, int], list[Tensor | None]]:
+    """Rows of a chunk and of a piece, and the tensors that gradients may flow to."""
     counts = [hidden.shape[0] for hidden, _ in heads]
     if len(set(counts)) > 1:
         raise ValueError(f"heads with different numbers of rows: {counts}")
-    if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // max(head.weight.shape[0] for _, head in heads))
-    return chunk, [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
+    device = "cpu" if heads[0][0].device.type == "cpu" else "cuda"
+    widest = max(head.weight.shape[0] for _, head in heads)
+    chunk = chunk or max(1, _CHUNK_ELEMENTS[device] // widest)
+    piece = min(chunk, max(1, _PIECE_ELEMENTS[device] // widest))
+    return (chunk, piece), [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
 
 
-def _parts(count: int, chunk: int) -> list[slice]:
-    """Consecutive chunks of rows; one without rows where there are none, so that every name and shape is known."""
-    return [slice(start, start + chunk) for start in range(0, max(1, count), chunk)]
+def _parts(count: int, size: int) -> list[slice]:
+    """Consecutive parts of so many rows; one without rows where there are none, so that every name and shape is known."""
+    return [slice(start, min(start + size, count)) for start in range(0, max(1, count), size)]
 
 
 def _computed_in(device: torch.device) -> torch.dtype | None:
@@ -101,7 +113,7 @@ class _OverVocabulary(torch.autograd.Function):
     """Tensors come as the differentiable rows, then hidden, weight, bias for each head; `names` is filled with the names of the losses."""
 
     @staticmethod
-    def forward(ctx, row_loss, rows, weights, chunk, trains, names, extra, *tensors):
+    def forward(ctx, row_loss, rows, weights, rows_at_a_time, trains, names, extra, *tensors):
         wanted = [trains and needed for needed in ctx.needs_input_grad[7:]]
         inputs = [_Input(*of) for of in zip(tensors[:extra], wanted[:extra], strict=True)]
         tensors, wanted = tensors[extra:], wanted[extra:]
@@ -110,17 +122,12 @@ class _OverVocabulary(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             heads = [_Projection(*tensors[i : i + 3], *wanted[i : i + 3], compute) for i in range(0, len(tensors), 3)]
             totals = None
-            for part in _parts(tensors[0].shape[0], chunk):
+            for piece, made in _pieces(heads, tensors[0].shape[0], rows_at_a_time):
                 with torch.enable_grad():
-                    made = [source.rows(part) for source in (*heads, *inputs)]
-                    losses = row_loss(*made[: len(heads)], *(row[part] for row in rows), *made[len(heads) :])
+                    further = [source.rows(piece) for source in inputs]
+                    losses = row_loss(*made, *(row[piece] for row in rows), *further)
                     weighted = torch.stack([weights.get(name, 1.0) * loss.sum() for name, loss in losses.items()]).sum()
-                trained = [pair for pair in zip((*heads, *inputs), made, strict=True) if pair[0].trains]
-                if trained and weighted.requires_grad:
-                    gradients = torch.autograd.grad(weighted, [of for _, of in trained], allow_unused=True)
-                    for (source, _), gradient in zip(trained, gradients, strict=True):
-                        if gradient is not None:
-                            source.collect(part, gradient)
+                _differentiate(weighted, None, (*heads, *inputs), (*made, *further), piece)
                 found = torch.stack([loss.detach().sum() for loss in losses.values()])
                 totals = found if totals is None else totals + found
         names[:] = losses
@@ -140,8 +147,12 @@ class _RowsOverVocabulary(torch.autograd.Function):
     """Tensors come as hidden, weight, bias for each head."""
 
     @staticmethod
-    def forward(ctx, row_function, rows, chunk, *tensors):
-        ctx.row_function, ctx.chunk, ctx.compute = row_function, chunk, _computed_in(tensors[0].device)
+    def forward(ctx, row_function, rows, rows_at_a_time, *tensors):
+        ctx.row_function, ctx.rows_at_a_time, ctx.compute = (
+            row_function,
+            rows_at_a_time,
+            _computed_in(tensors[0].device),
+        )
         ctx.has_bias = [bias is not None for bias in tensors[2::3]]
         ctx.rows = len(rows)
         ctx.save_for_backward(*rows, *(tensor for tensor in tensors if tensor is not None))
@@ -149,11 +160,8 @@ class _RowsOverVocabulary(torch.autograd.Function):
             heads = [
                 _Projection(*tensors[i : i + 3], False, False, False, ctx.compute) for i in range(0, len(tensors), 3)
             ]
-            found = [
-                row_function(*(head.rows(part) for head in heads), *(row[part] for row in rows))
-                for part in _parts(tensors[0].shape[0], chunk)
-            ]
-        return torch.cat(found)
+            pieces = _pieces(heads, tensors[0].shape[0], rows_at_a_time)
+            return torch.cat([row_function(*made, *(row[piece] for row in rows)) for piece, made in pieces])
 
     @staticmethod
     @once_differentiable
@@ -168,23 +176,44 @@ class _RowsOverVocabulary(torch.autograd.Function):
             heads = [
                 _Projection(*tensors[i : i + 3], *wanted[i : i + 3], ctx.compute) for i in range(0, len(tensors), 3)
             ]
-            trained = [head for head in heads if head.trains]
-            for part in _parts(tensors[0].shape[0], ctx.chunk):
+            for piece, made in _pieces(heads, tensors[0].shape[0], ctx.rows_at_a_time):
                 with torch.enable_grad():
-                    logits = [head.rows(part) for head in heads]
-                    found = ctx.row_function(*logits, *(row[part] for row in rows))
-                inputs = [made for head, made in zip(heads, logits, strict=True) if head.trains]
-                if not found.requires_grad:
-                    continue
-                gradients = torch.autograd.grad(found, inputs, upstream[part].to(found.dtype), allow_unused=True)
-                for head, gradient in zip(trained, gradients, strict=True):
-                    if gradient is not None:
-                        head.collect(part, gradient)
+                    found = ctx.row_function(*made, *(row[piece] for row in rows))
+                _differentiate(found, upstream[piece].to(found.dtype), heads, made, piece)
         return None, None, None, *(gradient for head in heads for gradient in head.gradients())
 
 
+def _pieces(
+    heads: "Sequence[_Projection]", count: int, rows_at_a_time: tuple[int, int]
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The logits of all heads, piece by piece; what the heads collected of a chunk becomes gradients when its pieces are done."""
+    chunk, size = rows_at_a_time
+    for whole in _parts(count, chunk):
+        for head in heads:
+            head.begin(whole)
+        for part in _parts(whole.stop - whole.start, size):
+            piece = slice(whole.start + part.start, whole.start + part.stop)
+            yield piece, [head.rows(piece) for head in heads]
+        for head in heads:
+            head.end()
+
+
+def _differentiate(value: Tensor, upstream: Tensor | None, sources: Sequence, made: Sequence[Tensor], piece: slice):
+    """Hand the gradients of a value for what the sources made of a piece to those of them that train."""
+    trained = [pair for pair in zip(sources, made, strict=True) if pair[0].trains]
+    if not trained or not value.requires_grad:
+        return
+    gradients = torch.autograd.grad(value, [of for _, of in trained], upstream, allow_unused=True)
+    for (source, _), gradient in zip(trained, gradients, strict=True):
+        if gradient is not None:
+            source.collect(piece, gradient)
+
+
 class _Projection:
-    """One head over its rows: logits of a chunk, and the gradients that come back, accumulated in float32 or wider."""
+    """One head over its rows: logits of a chunk, and the gradients that come back, accumulated in float32 or wider.
+
+    The gradient of a piece takes the place of its logits, which nobody needs any more, so that the products for a whole chunk follow.
+    """
 
     def __init__(self, hidden, weight, bias, train_hidden, train_weight, train_bias, compute):
         self.hidden, self.weight, self.bias = hidden, weight, bias
@@ -196,21 +225,37 @@ class _Projection:
         self.to_weight = torch.zeros_like(weight, dtype=wide) if train_weight else None
         self.to_bias = torch.zeros_like(bias, dtype=wide) if train_bias else None
 
-    def rows(self, part: slice) -> Tensor:
+    def begin(self, chunk: slice) -> None:
         with torch.no_grad():
-            logits = (self.hidden[part].to(self.compute) @ self.matrix.T).to(self.wide)
+            self.chunk, self.collected = chunk, False
+            self.logits = (self.hidden[chunk].to(self.compute) @ self.matrix.T).to(self.wide)
             if self.bias is not None:
-                logits += self.bias
-        return logits.requires_grad_(self.trains)
+                self.logits += self.bias
 
-    def collect(self, part: slice, gradient: Tensor) -> None:
-        narrow = gradient.to(self.compute)
-        if self.to_hidden is not None:
-            self.to_hidden[part] = narrow @ self.matrix
-        if self.to_weight is not None:
-            self.to_weight += narrow.T @ self.hidden[part].to(self.compute)
-        if self.to_bias is not None:
-            self.to_bias += gradient.sum(0)
+    def _own(self, piece: slice) -> Tensor:
+        return self.logits[piece.start - self.chunk.start : piece.stop - self.chunk.start]
+
+    def rows(self, piece: slice) -> Tensor:
+        return self._own(piece).detach().requires_grad_(self.trains)
+
+    def collect(self, piece: slice, gradient: Tensor) -> None:
+        self._own(piece).copy_(gradient)
+        self.collected = True
+
+    def end(self) -> None:
+        if self.collected:
+            narrow = self.logits.to(self.compute)
+            if self.to_hidden is not None:
+                self.to_hidden[self.chunk] = narrow @ self.matrix
+            if self.to_weight is not None:
+                hidden = self.hidden[self.chunk].to(self.compute)
+                if self.to_weight.dtype == self.compute:
+                    self.to_weight.addmm_(narrow.T, hidden)
+                else:
+                    self.to_weight += narrow.T @ hidden
+            if self.to_bias is not None:
+                self.to_bias += self.logits.sum(0)
+        self.logits = None
 
     def gradients(self):
         to_weight = None if self.to_weight is None else self.to_weight.to(self.weight.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdbench.losses import alm, chunks
 from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
-from kdbench.losses.vocabulary import rows_over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, rows_over_vocabulary
 from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Signal, Step, Terms, Vocabulary, weighted
@@ -113,9 +113,9 @@ class Alm(Method):
         size, debias = student.head.size, self.settings.debias
 
         def row_function(logits, targets):
-            found = [cross_entropy(logits, targets), alm.log_probability(logits[:, :size], targets)]
+            found = [cross_entropy(logits, targets), alm.log_probability(of_tokens(logits, size), targets)]
             if debias:
-                found.append(alm.log_probability_of_any(logits[:, :size], self.student_begins))
+                found.append(alm.log_probability_of_any(of_tokens(logits, size), self.student_begins))
             return torch.stack(found, dim=-1)
 
         rows = student.rows
@@ -123,16 +123,16 @@ class Alm(Method):
 
     def _teacher_rows(self, teacher: Signal) -> tuple[Tensor, ...]:
         """Of each row: entropy, and the same two."""
-        size, debias = teacher.head.size, self.settings.debias
+        debias = self.settings.debias
 
         def row_function(logits, targets):
-            found = [entropy(logits[:, :size]), alm.log_probability(logits[:, :size], targets)]
+            found = [entropy(logits), alm.log_probability(logits, targets)]
             if debias:
-                found.append(alm.log_probability_of_any(logits[:, :size], self.teacher_begins))
+                found.append(alm.log_probability_of_any(logits, self.teacher_begins))
             return torch.stack(found, dim=-1)
 
         rows = teacher.rows
-        head = [(rows.hidden.detach(), teacher.head.detach())]
+        head = [(rows.hidden.detach(), teacher.head.detach().of_tokens())]
         return rows_over_vocabulary(row_function, head, [rows.targets]).unbind(-1)
 
     def _divergence(self, log_q: Tensor, log_p: Tensor) -> Tensor:

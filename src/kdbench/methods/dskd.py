@@ -7,7 +7,7 @@ from torch import nn
 
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import entropy
-from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_same_tokens, require_signal
 from kdbench.settings import Float
 from kdbench.signals import Signal, Step, Terms
@@ -51,21 +51,21 @@ class Dskd(Method):
         require_same_tokens("dskd", student, teacher)
         settings, size, targets = self.settings, student.head.size, student.rows.targets
         student_hidden, teacher_hidden = student.rows.hidden, teacher.rows.hidden.detach()
-        student_head, teacher_head = student.head.detach(), teacher.head.detach()
+        student_head, teacher_head = student.head.detach(), teacher.head.detach().of_tokens()
 
         def student_space(logits, projected, targets):
             return {
                 "ce": cross_entropy(logits, targets),
                 "t2s_ce": cross_entropy(projected, targets),
-                "t2s_kd": settings.divergence(logits[:, :size], projected[:, :size].detach()),
+                "t2s_kd": settings.divergence(of_tokens(logits, size), of_tokens(projected, size).detach()),
                 "t2s_correct": correct(projected, targets),
             }
 
         def teacher_space(projected, logits, targets):
             return {
-                "s2t_kd": settings.divergence(projected[:, :size], logits[:, :size], objective="forward_kl"),
+                "s2t_kd": settings.divergence(projected, logits, objective="forward_kl"),
                 "s2t_correct": correct(projected, targets),
-                "teacher_entropy": entropy(logits[:, :size]),
+                "teacher_entropy": entropy(logits),
             }
 
         to_student = self.t2s(teacher_hidden.to(self.t2s.weight.dtype))

@@ -11,7 +11,7 @@ from kdbench.losses.attention import cross_attention, deviation
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.sequences import mean_over
-from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, over_vocabulary, rows_over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Rows, Signal, Step, Terms
@@ -79,9 +79,9 @@ class DskdCma(Method):
 
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("dskd_cma", teacher)
-        settings, size, teacher_size = self.settings, student.head.size, teacher.head.size
+        settings, size = self.settings, student.head.size
         ours, theirs = student.rows, teacher.rows
-        student_head, teacher_head = student.head.detach(), teacher.head.detach()
+        student_head, teacher_head = student.head.detach(), teacher.head.detach().of_tokens()
         to_student, to_teacher = self.mixtures(student, teacher, step)
         weight = self._weight(to_student.detach(), student_head, ours)
         # Teacher's rows count as many as the student's rows of their sequence, so that sums of both kinds have the same denominator.
@@ -89,21 +89,20 @@ class DskdCma(Method):
 
         def student_space(logits, projected, targets, weight):
             right = correct(projected, targets)
-            target_logits = projected[:, :size].detach() / settings.teacher_temperature
+            target_logits = of_tokens(projected, size).detach() / settings.teacher_temperature
             return {
                 "ce": cross_entropy(logits, targets),
                 "t2s_ce": cross_entropy(projected, targets),
-                "t2s_kd": weight * right * settings.divergence(logits[:, :size], target_logits),
+                "t2s_kd": weight * right * settings.divergence(of_tokens(logits, size), target_logits),
                 "t2s_correct": right,
                 "max_t2s_prob": projected.detach().softmax(-1).amax(-1),
             }
 
         def teacher_space(projected, logits, targets, share):
-            projected_tokens, tokens = projected[:, :teacher_size], logits[:, :teacher_size]
             return {
-                "s2t_kd": settings.divergence(projected_tokens, tokens, objective="forward_kl"),
+                "s2t_kd": settings.divergence(projected, logits, objective="forward_kl"),
                 "s2t_correct": share * correct(projected, targets),
-                "teacher_entropy": share * entropy(tokens),
+                "teacher_entropy": share * entropy(logits),
             }
 
         return over_vocabulary(

@@ -10,7 +10,7 @@ from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.projection import cross_product, inverse_factor
 from kdbench.losses.sequences import mean_over, partners
-from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, over_vocabulary, rows_over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
 from kdbench.signals import Head, Signal, Step, Terms, Vocabulary
@@ -79,20 +79,22 @@ class DskdEta(Method):
         # No buffer: an engine in bfloat16 would round it. It is made anew by `initialize` in every attempt.
         self.teacher_factor = torch.zeros(teacher.hidden, teacher.hidden)
         self._agreement = 0.0
+        self._s2t: Tensor | None = None  # of the present step
 
     @classmethod
     def needs(cls, settings: DskdEtaSettings) -> Needs:
         return Needs(teacher="signal", alignment="byte", vocabulary=True)
 
-    @torch.no_grad()
     def initialize(self, student: Head, teacher: Head) -> None:
-        self.teacher_factor = inverse_factor(teacher.weight, self.shared[:, 1]).to(self.t2s.weight.dtype)
-        if self.settings.initial_t2s:
-            factor = inverse_factor(student.weight, self.shared[:, 0])
-            product = cross_product(student.weight, teacher.weight, self.shared, torch.float64)
-            self.t2s.weight.copy_(factor @ (factor.T @ product))
+        with torch.no_grad():
+            self.teacher_factor = inverse_factor(teacher.weight, self.shared[:, 1]).to(self.t2s.weight.dtype)
+            if self.settings.initial_t2s:
+                factor = inverse_factor(student.weight, self.shared[:, 0])
+                product = cross_product(student.weight, teacher.weight, self.shared, torch.float64)
+                self.t2s.weight.copy_(factor @ (factor.T @ product))
 
     def observe(self, sums: dict[str, float], tokens: int, step: int) -> dict[str, float]:
+        self._s2t = None  # the student's head has moved
         if sums["labelled"]:
             self._agreement = sums["t2s_agreed"] / sums["labelled"]
         return {"t2s_agreement": self._agreement}
@@ -106,8 +108,8 @@ class DskdEta(Method):
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("dskd_eta", teacher)
         require("dskd_eta", "pairs of rows", step.pairs)
-        settings, sizes = self.settings, (student.head.size, teacher.head.size)
-        rows, student_head, teacher_head = student.rows, student.head.detach(), teacher.head.detach()
+        settings, size = self.settings, student.head.size
+        rows, student_head, teacher_head = student.rows, student.head.detach(), teacher.head.detach().of_tokens()
         partner, paired = partners(step.pairs, len(rows.targets))
         teacher_hidden = teacher.rows.hidden.detach()[partner]
         to_student = self.t2s(teacher_hidden.to(self.t2s.weight.dtype))
@@ -116,16 +118,15 @@ class DskdEta(Method):
 
         def counted(projected, teacher_logits, paired):
             """The label of each row, whether it has one, and whether the projected teacher agrees with it."""
-            label = self.label[teacher_logits[:, : sizes[1]].argmax(-1)]
+            label = self.label[teacher_logits.argmax(-1)]
             labelled = paired & (label >= 0)
             return label.clamp(min=0), labelled, labelled & (projected.argmax(-1) == label)
 
         def row_loss(logits, projected, projected_student, teacher_logits, targets, paired, share, mean, mean_kd):
             label, labelled, agreed = counted(projected, teacher_logits, paired)
             chosen = agreed if only_agreeing else labelled
-            in_student_space = settings.divergence(logits[:, : sizes[0]], projected[:, : sizes[0]].detach())
-            teacher_logits = teacher_logits[:, : sizes[1]]
-            in_teacher_space = settings.divergence(projected_student[:, : sizes[1]], teacher_logits)
+            in_student_space = settings.divergence(of_tokens(logits, size), of_tokens(projected, size).detach())
+            in_teacher_space = settings.divergence(projected_student, teacher_logits)
             return {
                 "ce": cross_entropy(logits, targets),
                 "t2s_ce": mean * labelled * cross_entropy(projected, label),
@@ -161,11 +162,13 @@ class DskdEta(Method):
         )
 
     def _to_teacher(self, hidden: Tensor, student_head: Head, teacher_head: Head) -> Tensor:
-        """h_s P_s2t, (n, d_t); the map is a constant."""
+        """h_s P_s2t, (n, d_t); the map is a constant, made once for all micro-batches of a step."""
         dtype = self.teacher_factor.dtype
-        product = cross_product(student_head.weight, teacher_head.weight, self.shared, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            return hidden.to(dtype) @ (product @ self.teacher_factor @ self.teacher_factor.T)
+            if self._s2t is None:
+                product = cross_product(student_head.weight, teacher_head.weight, self.shared, dtype)
+                self._s2t = product @ self.teacher_factor @ self.teacher_factor.T
+            return hidden.to(dtype) @ self._s2t
 
     def _means(self, counted, only_agreeing, projected, teacher, rows, paired) -> tuple[Tensor, Tensor]:
         """(n,) twice, the weights of labelled rows and of those that count in the divergence in the student's space."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdbench.losses import chunks, gold
 from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.gold import Group
 from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
 from kdbench.methods.base import Method, MethodSettings, Needs, Shape, require, require_signal
 from kdbench.settings import Bool, Float
@@ -98,21 +99,20 @@ class Gold(Method):
         require_signal("gold", teacher)
         require("gold", "chunks of rows", step.chunks)
         settings, rows = self.settings, student.rows
-        sizes = student.head.size, teacher.head.size
         temperatures = settings.student_temperature, settings.teacher_temperature
-        hidden, head = teacher.rows.hidden.detach(), teacher.head.detach()
+        hidden, head = teacher.rows.hidden.detach(), teacher.head.detach().of_tokens()
         ours, theirs = gold.groups(
             rows, teacher.rows, step.chunks, settings.merge, settings.rows, skip_last=settings.skip_end
         )
         owner = rows.sequence[ours.base]
-        log_q = _log_factors(rows.hidden, student.head, ours, temperatures[0])
+        log_q = _log_factors(rows.hidden, student.head.of_tokens(), ours, temperatures[0])
         log_p = _log_factors(hidden, head, theirs, temperatures[1])
         weight = chunks.mean_weights(owner, rows.counts, log_q.dtype)
 
         def row_loss(z_s, z_t, weight, log_p, log_q):
             losses = gold.hybrid(
-                z_s[:, : sizes[0]] / temperatures[0],
-                z_t[:, : sizes[1]] / temperatures[1],
+                z_s / temperatures[0],
+                z_t / temperatures[1],
                 (log_q, log_p),
                 (self.student_shared, self.teacher_shared),
                 (self.student_rest, self.teacher_rest),
@@ -128,7 +128,7 @@ class Gold(Method):
         )
         compared = over_vocabulary(
             row_loss,
-            [(rows.hidden[ours.base], student.head), (hidden[theirs.base], head)],
+            [(rows.hidden[ours.base], student.head.of_tokens()), (hidden[theirs.base], head)],
             [weight, log_p],
             weights=self._weights,
             differentiable_rows=[log_q],
@@ -138,10 +138,10 @@ class Gold(Method):
         return terms
 
 
-def _log_factors(hidden: Tensor, head, group: gold.Group, temperature: float) -> Tensor:
+def _log_factors(hidden: Tensor, head, group: Group, temperature: float) -> Tensor:
     """(C,) log of the product of the probabilities of the tokens at the rows of a chunk other than its base."""
     log_p = rows_over_vocabulary(
-        lambda logits, tokens: -cross_entropy(logits[:, : head.size] / temperature, tokens),
+        lambda logits, tokens: -cross_entropy(logits / temperature, tokens),
         [(hidden[group.others], head)],
         [group.tokens],
     )

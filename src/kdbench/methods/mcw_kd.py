@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdbench.losses import mcw
 from kdbench.losses.cross_entropy import cross_entropy
+from kdbench.losses.mcw import Side
 from kdbench.losses.ot import cost_weights, sinkhorn, sinkhorn_divergence
 from kdbench.losses.semi_dual import semi_dual, semi_dual_potentials
 from kdbench.losses.sequences import pad
@@ -204,7 +205,7 @@ class McwKd(Method):
         k = min(settings.top_k, student.head.size, teacher.head.size)
 
         def top(hidden, head):
-            return rows_over_vocabulary(lambda logits: mcw.largest_logits(logits[:, : head.size], k), [(hidden, head)])
+            return rows_over_vocabulary(lambda logits: mcw.largest_logits(logits, k), [(hidden, head.of_tokens())])
 
         ours = top(student.rows.hidden, student.head)
         theirs = top(teacher.rows.hidden.detach(), teacher.head.detach())
@@ -213,14 +214,14 @@ class McwKd(Method):
         theirs = mcw.interpolate(ours.detach(), theirs, step.pairs, share)
         return [(logits / settings.ot_temperature).log_softmax(-1) for logits in (ours, theirs)]
 
-    def _side(self, signal: Signal, states: Tensor, log_top: Tensor) -> mcw.Side:
+    def _side(self, signal: Signal, states: Tensor, log_top: Tensor) -> Side:
         """Of the student's states or of the teacher's projected ones."""
         counts, states = signal.rows.counts, states.to(self.salience.weight.dtype)
         salience = self.salience(states)[:, 0]
         context = mcw.window_means(pad(states, counts), counts, self.settings.window)
-        return mcw.Side(pad(log_top, counts), pad(salience, counts), context, pad(signal.rows.inputs, counts))
+        return Side(pad(log_top, counts), pad(salience, counts), context, pad(signal.rows.inputs, counts))
 
-    def _transport(self, family: str, ours: mcw.Side, theirs: mcw.Side, counts, lexical: Tensor | None) -> Terms:
+    def _transport(self, family: str, ours: Side, theirs: Side, counts, lexical: Tensor | None) -> Terms:
         """The transport term of a family, weighted, and what it logs."""
         settings = self.settings
 

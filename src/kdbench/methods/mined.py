@@ -8,7 +8,7 @@ from pydantic import Field
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.mined import first_of_preimage, first_preimage, largest_of_preimage, one_hot_divergence
-from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, Shape, require, require_signal
 from kdbench.settings import Float
 from kdbench.signals import Signal, Step, Terms, Vocabulary
@@ -64,7 +64,7 @@ class Mined(Method):
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("mined", teacher)
         require("mined", "pairs of rows", step.pairs)
-        settings, size, teacher_size = self.settings, student.head.size, teacher.head.size
+        settings, size = self.settings, student.head.size
         hidden, targets = student.rows.hidden, student.rows.targets
         ours, theirs = step.pairs.unbind(1)
         aligned = student.rows.inputs[ours] == self.nearest[teacher.rows.inputs[theirs]]
@@ -72,15 +72,15 @@ class Mined(Method):
         def learn_reference(logits, targets):
             if settings.unaligned == "skip":
                 return {}
-            loss = one_hot_divergence(logits[:, :size], targets, settings.temperature)
+            loss = one_hot_divergence(of_tokens(logits, size), targets, settings.temperature)
             return {"one_hot": loss * settings.temperature**2 if settings.squared_temperature else loss}
 
         def of_paired(logits, teacher_logits, targets, aligned):
-            moved = self._moved(teacher_logits[:, :teacher_size], size)
+            moved = self._moved(teacher_logits, size)
             reference = learn_reference(logits, targets)
             return {
                 "ce": cross_entropy(logits, targets),
-                "kd": settings.divergence(logits[:, :size], moved).where(aligned, 0.0),
+                "kd": settings.divergence(of_tokens(logits, size), moved).where(aligned, 0.0),
                 **{name: loss.where(~aligned, 0.0) for name, loss in reference.items()},
                 "aligned": aligned.to(logits.dtype),
                 "teacher_correct": correct(moved, targets).where(aligned, 0.0),
@@ -92,7 +92,8 @@ class Mined(Method):
 
         rest = _others(ours, len(hidden))
         weights = {"ce": settings.ce_rate, "kd": settings.kd_rate, "one_hot": settings.kd_rate}
-        heads = [(hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher.head.detach())]
+        teacher_head = teacher.head.detach().of_tokens()
+        heads = [(hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher_head)]
         diagnostics = ["aligned", "teacher_correct", "teacher_entropy"]
         paired = over_vocabulary(of_paired, heads, [targets[ours], aligned], weights, diagnostics)
         unpaired = over_vocabulary(of_unpaired, [(hidden[rest], student.head)], [targets[rest]], weights)

@@ -11,7 +11,7 @@ from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
 from kdbench.losses.ot import sinkhorn
 from kdbench.losses.sequences import pad
-from kdbench.losses.vocabulary import rows_over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, rows_over_vocabulary
 from kdbench.methods.base import Method, MethodSettings, Needs, require, require_signal
 from kdbench.settings import Bool, Float, Int
 from kdbench.signals import Head, Rows, Signal, Step, Terms, weighted
@@ -125,7 +125,9 @@ class MultilevelOt(Method):
 
         def of_rows(logits, targets, tokens):
             reference = cross_entropy(logits, targets)
-            return torch.cat([reference[:, None], *self._log_probabilities(logits[:, : head.size], tokens)], dim=1)
+            return torch.cat(
+                [reference[:, None], *self._log_probabilities(of_tokens(logits, head.size), tokens)], dim=1
+            )
 
         found = rows_over_vocabulary(of_rows, [(rows.hidden, head)], [rows.targets, tokens])
         ce, log_s, log_s_sequence = found.split([1, k, k], dim=1)
@@ -133,11 +135,10 @@ class MultilevelOt(Method):
 
     def _teacher(self, signal, k):
         """Entropy (m,), and probabilities (m, k) of the top tokens at the two temperatures; without gradient."""
-        rows, head = signal.rows, signal.head.detach()
+        rows, head = signal.rows, signal.head.detach().of_tokens()
         tokens = _top_tokens(rows, head, k)[rows.sequence]
 
         def of_rows(logits, tokens):
-            logits = logits[:, : head.size]
             return torch.cat([entropy(logits)[:, None], *self._log_probabilities(logits, tokens)], dim=1)
 
         found = rows_over_vocabulary(of_rows, [(rows.hidden.detach(), head)], [tokens])
@@ -152,8 +153,8 @@ class MultilevelOt(Method):
         return [losses.log_probabilities_of(logits, tokens, temperature) for temperature in temperatures]
 
 
-@torch.no_grad()
 def _top_tokens(rows: Rows, head: Head, k: int) -> Tensor:
     """(B, k) int64, the tokens that rank highest in each sequence; it takes the logits of one row for each."""
-    mean = losses.sequence_means(rows.hidden, rows.counts)
-    return rows_over_vocabulary(lambda logits: losses.top_tokens(logits[:, : head.size], k), [(mean, head)])
+    with torch.no_grad():
+        mean = losses.sequence_means(rows.hidden, rows.counts)
+        return rows_over_vocabulary(lambda logits: losses.top_tokens(logits, k), [(mean, head.of_tokens())])

@@ -50,21 +50,27 @@ class SimpleCtkd(Method):
         require("simple_ctkd", "the relation of the vocabularies", vocabulary)
         for name, ids in zip(("student_shared", "teacher_shared"), vocabulary.shared.unbind(1), strict=True):
             self.register_buffer(name, ids, persistent=False)
+        self._teacher_head: Head | None = None  # of the shared tokens alone; the teacher's does not change
 
     @classmethod
     def needs(cls, settings: SimpleCtkdSettings) -> Needs:
         return Needs(teacher="signal", alignment="byte", vocabulary=True)
 
+    def initialize(self, student: Head, teacher: Head) -> None:
+        ids = self.teacher_shared
+        self._teacher_head = Head(teacher.weight[ids], len(ids), None if teacher.bias is None else teacher.bias[ids])
+
     def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
         require_signal("simple_ctkd", teacher)
         require("simple_ctkd", "pairs of rows", step.pairs)
+        require("simple_ctkd", "a start from the heads (`initialize`)", self._teacher_head)
         rows = student.rows
         partner, paired = partners(step.pairs, len(rows.targets))
 
         def row_loss(logits, teacher_logits, targets, paired, share):
             return {
                 "ce": cross_entropy(logits, targets),
-                "kd": paired * self.settings.divergence(logits[:, self.student_shared], teacher_logits),
+                "kd": paired * self.settings.divergence(logits.index_select(1, self.student_shared), teacher_logits),
                 "aligned": paired.to(logits.dtype),
                 "teacher_entropy": share * entropy(teacher_logits),
             }
@@ -73,14 +79,9 @@ class SimpleCtkd(Method):
             row_loss,
             [
                 (rows.hidden, student.head),
-                (teacher.rows.hidden.detach()[partner], _restricted(teacher.head.detach(), self.teacher_shared)),
+                (teacher.rows.hidden.detach()[partner], self._teacher_head),
             ],
             [rows.targets, paired, mean_over(paired, rows.counts, torch.float32)],
             weights={"ce": self.settings.ce_rate, "kd": self.settings.kd_rate},
             diagnostics=["aligned", "teacher_entropy"],
         )
-
-
-def _restricted(head: Head, ids: torch.Tensor) -> Head:
-    """The head of some tokens alone."""
-    return Head(head.weight[ids], len(ids), None if head.bias is None else head.bias[ids])

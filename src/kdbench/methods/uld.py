@@ -43,7 +43,6 @@ class Uld(Method):
         require_signal("uld", teacher)
         require("uld", "pairs of rows", step.pairs)
         ours, theirs = step.pairs.unbind(1)
-        sizes = student.head.size, teacher.head.size
         reference = over_vocabulary(
             lambda logits, targets: {"ce": cross_entropy(logits, targets)},
             [(student.rows.hidden, student.head)],
@@ -53,12 +52,14 @@ class Uld(Method):
         weight = chunks.mean_weights(student.rows.sequence[ours], student.rows.counts, torch.float32)
 
         def row_loss(z_s, z_t, weight):
-            z_s, z_t = z_s[:, : sizes[0]], z_t[:, : sizes[1]]
             return {"uld": sorted_l1(z_s, z_t), "teacher_entropy": weight * entropy(z_t)}
 
         terms = reference + over_vocabulary(
             row_loss,
-            [(student.rows.hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher.head.detach())],
+            [
+                (student.rows.hidden[ours], student.head.of_tokens()),
+                (teacher.rows.hidden.detach()[theirs], teacher.head.detach().of_tokens()),
+            ],
             [weight],
             weights={"uld": self.settings.kd_rate},
             diagnostics=["teacher_entropy"],

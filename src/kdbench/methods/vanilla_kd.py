@@ -6,7 +6,7 @@ from pydantic import Field
 
 from kdbench.losses.cross_entropy import cross_entropy
 from kdbench.losses.divergences import entropy
-from kdbench.losses.vocabulary import over_vocabulary
+from kdbench.losses.vocabulary import of_tokens, over_vocabulary
 from kdbench.methods.base import DivergenceSettings, Method, Needs, require_same_tokens
 from kdbench.settings import Float
 from kdbench.signals import Signal, Step, Terms
@@ -40,13 +40,13 @@ class VanillaKd(Method):
         def row_loss(student_logits, teacher_logits, targets):
             return {
                 "ce": cross_entropy(student_logits, targets),
-                "kd": self.settings.divergence(student_logits[:, :size], teacher_logits[:, :size]),
-                "teacher_entropy": entropy(teacher_logits[:, :size]),
+                "kd": self.settings.divergence(of_tokens(student_logits, size), teacher_logits),
+                "teacher_entropy": entropy(teacher_logits),
             }
 
         return over_vocabulary(
             row_loss,
-            [(student.rows.hidden, student.head), (teacher.rows.hidden.detach(), teacher.head.detach())],
+            [(student.rows.hidden, student.head), (teacher.rows.hidden.detach(), teacher.head.detach().of_tokens())],
             [student.rows.targets],
             weights={"ce": self.settings.ce_rate, "kd": self.settings.kd_rate},
             diagnostics=["teacher_entropy"],

@@ -59,4 +59,11 @@ def from_model(teacher, hardware: "Hardware") -> "tuple[Callable[[torch.device],
 
     model, tokenizer = models.for_inference(teacher, hardware)
     models.check_head(model, tokenizer)
-    return (lambda device: Live(model.to(device), len(tokenizer))), models.shape(model, tokenizer)
+
+    def source(device) -> TeacherSource:
+        live = Live(model.to(device), len(tokenizer))
+        if hardware.compile:
+            models.compile_body(model)
+        return live
+
+    return source, models.shape(model, tokenizer)

@@ -17,6 +17,7 @@ class Live:
 
     def __init__(self, model, size: int):
         self.model, self.size = model, size
+        models.pack(model)
 
     def signal(self, rows: list[int], side: Side, device) -> Signal:
         """See `TeacherSource`."""

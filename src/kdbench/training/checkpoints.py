@@ -11,7 +11,7 @@ from kdbench.errors import UserError
 from kdbench.training.engines import Engine
 from kdbench.training.processes import Processes
 
-_KEPT = 2
+KEPT = 2
 _STATE = "state.json"
 
 
@@ -50,7 +50,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             _sync(self.folder)
-            for old in self._folders()[_KEPT:]:
+            for old in self._folders()[KEPT:]:
                 shutil.rmtree(old)
         self.processes.wait()
 

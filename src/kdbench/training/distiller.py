@@ -22,12 +22,14 @@ class Distiller(nn.Module):
         student: causal language model.
         method: its loss, with what that learns.
         names: the values after the total that the last forward pass returned.
+        packed: whether the student reads batches without padding.
     """
 
     def __init__(self, student: nn.Module, method: Method, size: int, training: Training):
         super().__init__()
         self.student, self.method = student, method
         self.names: tuple[str, ...] = ()
+        self.packed = models.pack(student)
         self._size, self._narrow = size, training.precision == "bf16"
 
     @torch.no_grad()

@@ -92,8 +92,8 @@ class _Rates:
         return [self.optimizer.param_groups[index]["lr"] for index in self.shown]
 
 
-def _adamw(distiller: Distiller, training: Training) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups(distiller, training), betas=tuple(training.betas))
+def _adamw(distiller: Distiller, training: Training, fused: bool = False) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups(distiller, training), betas=tuple(training.betas), fused=fused)
 
 
 class Plain:
@@ -103,7 +103,7 @@ class Plain:
         self.module = self.net = distiller
         self.clip_norm = training.clip_norm
         self.parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-        self.optimizer = _adamw(distiller, training)
+        self.optimizer = _adamw(distiller, training, fused=True)  # on a CPU the default takes 4 to 8 times as long
         self._rates = _Rates(self.optimizer, distiller)
         self._parallel = dist.is_initialized()
         if self._parallel:

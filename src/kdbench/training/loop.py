@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -102,7 +103,7 @@ class Loop:
         began = time.monotonic()
         job, position, world = self.job, self.position, self.processes.world
         _reseed(job.seed, position.step, self.processes)
-        parts = batches.split(rows, self.lengths, self.processes.rank, world, job.hardware.micro_batch_size)
+        parts = self._split(rows, self.lengths)
         tokens = int(self.responses[rows].sum())
         found = [self._accumulate(part, rows, world / tokens, last=part is parts[-1]) for part in parts]
         due = stop.due(self._needed), began - self._saved >= job.hardware.checkpoint_seconds
@@ -127,6 +128,12 @@ class Loop:
         metrics |= {"gradient_norm": norm, "tokens_per_second": float(self.lengths[rows].sum() / seconds)}
         self.progress.step(metrics | {"memory_mb": self.progress.memory()}, self.total)
         return leave > 0, save > 0
+
+    def _split(self, rows: Sequence[int], lengths: np.ndarray) -> list[list[int]]:
+        """This process' micro-batches of some records."""
+        processes, hardware = self.processes, self.job.hardware
+        limits = hardware.micro_batch_size, hardware.micro_batch_tokens
+        return batches.split(rows, lengths, processes.rank, processes.world, *limits)
 
     def _accumulate(self, part: list[int], rows: list[int], scale: float, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; its sums, detached.
@@ -186,8 +193,8 @@ class Loop:
     @torch.no_grad()
     def _dev_loss(self) -> float:
         """Cross entropy per response token of the dev records, the same measure for every method."""
-        column, micro = self.job.dev.student, self.job.hardware.micro_batch_size
-        parts = batches.split(range(column.rows), column.lengths, self.processes.rank, self.processes.world, micro)
+        column = self.job.dev.student
+        parts = self._split(range(column.rows), column.lengths)
         module = self.engine.module.eval()
         found = []
         for part in parts:

@@ -12,7 +12,7 @@ from kdbench import files, methods, models
 from kdbench.errors import UserError
 from kdbench.locks import Lock
 from kdbench.training import engines
-from kdbench.training.checkpoints import Checkpoints
+from kdbench.training.checkpoints import KEPT, Checkpoints
 from kdbench.training.distiller import Distiller
 from kdbench.training.exports import Exports
 from kdbench.training.job import Job
@@ -83,15 +83,20 @@ def _train(job: Job, processes: Processes, progress: Progress) -> None:
     _check(job, needs)
     distiller = _distiller(job, method, settings).to(processes.device).train()
     trained = sum(parameter.numel() for parameter in distiller.parameters() if parameter.requires_grad)
+    _check_space(output / "checkpoints", trained)
     teacher = job.teacher(processes.device) if needs.teacher == "signal" else None
     if teacher is not None:
         distiller.initialize(teacher.head(processes.device))
+    if hardware.compile:
+        models.compile_body(distiller.student)
     engine = engines.build(distiller, job.training, hardware, processes)
     progress.say(
         f"trains {job.student} by {job.method} (run {run}, seed {job.seed}): {trained:,} parameters, "
         f"{job.train.rows:,} records, {processes.world} process(es) on {processes.device.type}, "
         f"{hardware.engine}, {job.training.precision}"
     )
+    if not distiller.packed:
+        progress.say("the student's architecture cannot read packed batches: they are padded, which takes longer")
     checkpoints = Checkpoints(output / "checkpoints", checkpoint, processes, progress.say)
     exports = Exports(job, run, processes)
     loop = Loop(job, needs, processes, engine, teacher, checkpoints, exports, progress)
@@ -100,6 +105,13 @@ def _train(job: Job, processes: Processes, progress: Progress) -> None:
     if processes.rank == 0:
         checkpoints.remove()
     progress.say(f"finished: {output / 'model'} is epoch {chosen['epoch']}, dev loss {chosen['dev_loss']:.4f}")
+
+
+def _check_space(folder: Path, trained: int) -> None:
+    """Raises UserError where the disk has no room for the checkpoints: weights and both moments of AdamW in float32, of each one kept and
+    of the one being written."""
+    needed = (KEPT + 1) * 3 * 4 * trained - files.allocated(folder)
+    files.check_space(folder, needed, "the folder of checkpoints", "train adapters (`training.tuning: lora`)")
 
 
 def _check(job: Job, needs) -> None:
