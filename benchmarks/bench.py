@@ -38,7 +38,7 @@ SETTINGS = {"compile": True, "gradient_checkpointing": True}  # of `hardware`, w
 
 
 class Bench:
-    """Starts measurements.
+    """Starts measurements. As a context it ends, when it is left, the process that most of them are forked from.
 
     Args:
         folder: for what they read and write.
@@ -49,6 +49,15 @@ class Bench:
 
     def __init__(self, folder: Path, shapes: str, threads: int, steps: int):
         self.folder, self.shapes, self.threads, self.steps = folder, shapes, threads, steps
+        self._server: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.wait()
 
     def prepare(self, pairs: set[str], batch_sizes: set[int], cached: bool) -> None:
         """Make what measurements of these pairs and batch sizes read, of all combinations.
@@ -87,15 +96,17 @@ class Bench:
         """
         output = self.folder / "result.json"
         output.unlink(missing_ok=True)
-        start = [sys.executable, "-m"]
+        hardware |= {"processes": processes} if processes > 1 else {}
+        arguments = [str(self.folder / pair / str(batch_size)), method, "--teacher", source]
+        arguments += ["--batch-size", str(batch_size), "--steps", str(steps), "--output", str(output)]
+        arguments += ["--hardware", json.dumps({"threads": self.threads} | hardware)]
+        arguments += ["--split"] if split else []
         if processes > 1:
-            hardware["processes"] = processes
-            start += ["torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
-            start += ["--rdzv_endpoint", "localhost:0", "-m"]
-        where = ["benchmarks.measure", str(self.folder / pair / str(batch_size)), method, "--teacher", source]
-        what = ["--batch-size", str(batch_size), "--steps", str(steps), "--output", str(output)]
-        what += ["--hardware", json.dumps({"threads": self.threads} | hardware)]
-        self._run([*start, *where, *what, *(["--split"] if split else [])])
+            start = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+            start += ["--rdzv_endpoint", "localhost:0"]
+            self._run([sys.executable, *start, "-m", "benchmarks.measure", *arguments])
+        else:
+            self._serve(arguments)
         found = files.read_json(output)
         told = f"{found['seconds']:.3f} s, {found['cpu_seconds']:.3f} CPU s, {found['peak_gb']:.2f} GB"
         print(f"{method}, teacher {source}, {pair}, {batch_size} records, {hardware or 'default'}: {told}", flush=True)
@@ -105,16 +116,31 @@ class Bench:
         """What another program of the benchmark prints, as JSON."""
         return json.loads(self._run([sys.executable, "-m", module, *arguments]))
 
+    def _serve(self, arguments: list[str]) -> None:
+        """Measure in a child of the process that has everything imported."""
+        log = self.folder / "measure.log"
+        if self._server is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(log, "w") as file:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True}
+                command = [sys.executable, "-m", "benchmarks.serve"]
+                self._server = subprocess.Popen(command, cwd=ROOT, env=self._environment(), **pipes)
+        self._server.stdin.write(json.dumps(arguments) + "\n")
+        self._server.stdin.flush()
+        if self._server.stdout.readline().strip() != "0":
+            raise UserError(f"benchmarks.measure {' '.join(arguments)} failed:\n{log.read_text()[-3000:]}")
+
     def _run(self, command: list[str]) -> str:
-        paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        environment = (
-            os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": "cpu"}
-        )
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=self._environment(), capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         return done.stdout
+
+    def _environment(self) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": "cpu"}
+        return os.environ | threads | ours
 
 
 def measured_methods(only: list[str] | None) -> dict[str, dict]:
@@ -231,8 +257,12 @@ def machine(threads: int) -> dict:
 
 def run(options: argparse.Namespace, folder: Path) -> dict:
     """All measurements that the options ask for."""
+    with Bench(folder, options.shapes, options.threads, options.steps) as bench:
+        return _run(options, bench)
+
+
+def _run(options: argparse.Namespace, bench: Bench) -> dict:
     chosen = measured_methods(options.only)
-    bench = Bench(folder, options.shapes, options.threads, options.steps)
     began = time.monotonic()
     found = {"machine": machine(options.threads)}
     found |= of_methods(bench, chosen, options.quick)

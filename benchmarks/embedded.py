@@ -25,11 +25,11 @@ SHORT = {
 }
 
 
-def measure(epochs: int = 16, cores: int = 2) -> dict:
+def measure(epochs: int = 8, cores: int = 2) -> dict:
     """Seconds from the tuned teacher to the students of all `METHODS`, with the teacher "cached" and "live".
 
     Args:
-        epochs: of the students; the experiment's own number by default.
+        epochs: of the students; half of the experiment's own number by default.
         cores: for Snakemake.
     """
     students = [f"results/same_tokenizer/methods/{method}/seed1/model/manifest.json" for method in METHODS]

@@ -213,7 +213,8 @@ def job(output: Path, place: Path, method: str, source: str, batch_size: int, ha
     )
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
+    """Measure as the arguments say, by default those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="that benchmarks.rows made for a pair and batch size")
     parser.add_argument("method", help="`floor`, or the name of a method")
@@ -226,7 +227,7 @@ def main():
         "--hardware", type=json.loads, default={}, metavar="JSON", help="`hardware` of the configuration"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the result goes, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     laps, stopwatch = [], None
     if options.split:
         from benchmarks.stopwatch import Stopwatch
