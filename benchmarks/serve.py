@@ -7,12 +7,14 @@ Reads the arguments of `benchmarks.measure` from each line of stdin, as a JSON l
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 
 from benchmarks import measure
 from kdbench import cli
 
+_LIMIT = 600  # seconds after which a measurement is given up
 _IMPORTED = (
     "benchmarks.floor",
     "benchmarks.stopwatch",
@@ -31,6 +33,7 @@ def main():
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            signal.alarm(_LIMIT)
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # answers alone go there
             _measure(json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
