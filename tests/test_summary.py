@@ -200,6 +200,22 @@ def test_a_retry_that_fails_too_is_told(tmp_path):
     assert list(by_job(summary.failure(run_log(tmp_path, *tried)))) == ["score"]
 
 
+def test_jobs_that_fail_at_once_keep_their_own_status(tmp_path):
+    commands = {"silent": "exit 3", "killed": "python  x.py\n        --more"}
+    ends = [
+        "RuleException:\nCalledProcessError in file \"Snakefile\", line 9:\nCommand 'set -euo pipefail;  exit 3' returned non-zero exit status 3.\n",
+        "RuleException:\nCalledProcessError in file \"Snakefile\", line 8:\n"
+        "Command 'set -euo pipefail;  python  x.py\n  --more' died with <Signals.SIGKILL: 9>.\n",
+    ]
+    errors = [
+        error(job, rule) + f"    shell:\n        {command}\n        (command exited with non-zero exit code)\n"
+        for job, (rule, command) in enumerate(commands.items())
+    ]
+    told = by_job(summary.failure(run_log(tmp_path, *ends, *errors)))
+    assert told["silent"] == ["returned non-zero exit status 3"]
+    assert told["killed"][0] == "died with SIGKILL"
+
+
 @pytest.mark.parametrize("logs", [[], ["absent.log"], ["."]])
 def test_without_a_log(logs):
     (empty, last) = summary.failure(logs).splitlines()

@@ -23,10 +23,11 @@ _HINTS = [
     (r"not finite", "lower training.learning_rate, or look at the records that the line names"),
 ]
 
-_DATE = r"(?:^\[[^\n]*\]\n)?"
-_ERROR = re.compile(
-    rf"(?:^Command .*(?P<status>returned non-zero exit status \d+|died with <Signals\.\w+)[^\n]*\n{_DATE})?"
-    r"^Error in rule (?P<rule>[^\s:,]+)[^\n]*\n(?P<facts>(?:^    [^\n]*\n)*)",
+_ERROR = re.compile(r"^Error in rule (?P<rule>[^\s:,]+)[^\n]*\n(?P<facts>(?:^    [^\n]*\n)*)", re.MULTILINE)
+_SHELL = re.compile(r"^    shell:\n(?P<command>(?:^        [^\n]*\n)*?)^        \(command exited", re.MULTILINE)
+# Of jobs that fail at the same time these may all come before all of the errors, so that they are told apart by the command.
+_STATUS = re.compile(
+    r"^Command '(?P<command>(?s:.*?))' (?P<status>returned non-zero exit status \d+|died with <Signals\.\w+)",
     re.MULTILINE,
 )
 _MISSING = re.compile(
@@ -126,11 +127,22 @@ def _failures(text: str) -> Iterator[_Failure]:
             r"^    log: (.*?)(?: \(check log file\(s\) for error details\))?$", found["facts"], re.MULTILINE
         )
         message = re.search(r"^    message: (?!None$)(.*)$", found["facts"], re.MULTILINE)
-        said = message[1] if message else (found["status"] or "").replace("<Signals.", "")
+        said = message[1] if message else _status(found["facts"], text)
         yield _Failure(found["rule"], tuple(log[1].split(", ")) if log else (), said)
     for found in _MISSING.finditer(text):
         if not _restarts(found["job"], text[found.end() :]):
             yield _Failure(found["rule"], (), f"it ended without an error, but {found['file']} is not there")
+
+
+def _status(facts: str, text: str) -> str:
+    """How the command of a job ended, the last time; nothing where Snakemake does not say it."""
+    shell = _SHELL.search(facts)
+    if shell is None:
+        return ""
+    command = "".join(shell["command"].split())
+    # Snakemake puts `set` before it.
+    ends = [f["status"] for f in _STATUS.finditer(text) if "".join(f["command"].split()).endswith(command)]
+    return ends[-1].replace("<Signals.", "") if ends else ""
 
 
 def _restarts(job: str, later: str) -> bool:

@@ -134,6 +134,32 @@ def test_masked_tokens(name, masked):
         torch.testing.assert_close(loss, expected[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("masked", ["neither", "student", "teacher", "both"])
+@pytest.mark.parametrize("learner", ["student", "teacher"])
+def test_gradients_of_either_side_beside_masked_tokens(name, masked, learner):
+    """As autograd has them where the masked token is taken out of the tensors instead."""
+    z = {"student": _logits(4, 9, seed=7), "teacher": _logits(4, 9, seed=8)}
+    left, right = ("teacher", "student") if name == "forward_kl" else ("student", "teacher")
+    kept = [0, 1, 3, 4, 5, 6, 7, 8]
+    z[learner].requires_grad_()
+    log = {}
+    for side, logits in z.items():
+        out = masked in (side, "both")
+        log[side] = logits[:, kept].log_softmax(-1) if out else logits.log_softmax(-1)
+        if masked != "neither" and not out:
+            log[side] = log[side][:, kept]
+    plain = (log[left].exp() * (log[left] - log[right])).sum(-1)
+    hidden = torch.zeros(9, dtype=torch.float64)
+    hidden[2] = -torch.inf
+    given = {side: logits + hidden if masked in (side, "both") else logits for side, logits in z.items()}
+    ours = OBJECTIVES[name](given["student"], given["teacher"])
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    upstream = torch.arange(1.0, 5.0, dtype=torch.float64)
+    gradients = [torch.autograd.grad(loss, z[learner], upstream)[0] for loss in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
 @every
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["student", "teacher"])

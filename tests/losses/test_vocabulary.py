@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdbench.losses import vocabulary
 from kdbench.losses.cross_entropy import correct, cross_entropy
 from kdbench.losses.divergences import forward_kl
-from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
+from kdbench.losses.vocabulary import logits_at, over_vocabulary, rows_over_vocabulary
 from kdbench.signals import Head
 
 
@@ -51,6 +51,8 @@ WEIGHTS = {"ce": 0.3, "kd": 1.7}
 def test_values_and_all_gradients_equal_the_plain_formula(chunk, piece, monkeypatch):
     if piece:
         monkeypatch.setitem(vocabulary._PIECE_ELEMENTS, "cpu", piece * 23)
+        monkeypatch.setattr(vocabulary, "_SLAB", 1 + piece)
+        monkeypatch.setattr(vocabulary, "_SLAB_BACK", 2 + piece)
     (h_s, head_s), (h_t, head_t), targets = _problem()
     leaves = [h_s, head_s.weight, head_s.bias, h_t, head_t.weight]
     for leaf in leaves:
@@ -93,7 +95,7 @@ def test_default_chunk_bounds_the_logits(monkeypatch):
     seen = []
     (h_s, head_s), _, targets = _problem()
     over_vocabulary(lambda z, y: seen.append(len(z)) or {"ce": cross_entropy(z, y)}, [(h_s, head_s)], [targets])
-    assert seen == [7, 4]
+    assert seen == [6, 5]  # two parts of one size, rather than 7 and 4
 
 
 def _sizes_made(trains_head, grad=True):
@@ -266,3 +268,34 @@ def test_rows_of_no_rows_and_of_a_detached_head():
     assert rows_over_vocabulary(lambda z: z.topk(2).values, [(hidden[:0], Head(weight, 11))]).shape == (0, 2)
     rows_over_vocabulary(lambda z: z.topk(2).values, [(hidden, Head(weight, 11))]).sum().backward()
     assert hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("elements", [1, 30, 2**21])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_of_chosen_tokens_are_those_of_the_whole_head(elements, frozen, monkeypatch):
+    monkeypatch.setitem(vocabulary._PIECE_ELEMENTS, "cpu", elements)
+    (hidden, head), _, _ = _problem()
+    leaves = [hidden] if frozen else [hidden, head.weight, head.bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    tokens = torch.randint(23, (11, 4), generator=torch.Generator().manual_seed(1))
+    tokens[3] = tokens[2, 0]  # one token several times
+    upstream = torch.randn(11, 4, dtype=torch.float64)
+    ours, plain = logits_at(hidden, head, tokens), (hidden @ head.weight.T + head.bias).gather(1, tokens)
+    torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-13)
+    wanted = torch.autograd.grad(plain, leaves, upstream)
+    for got, want in zip(torch.autograd.grad(ours, leaves, upstream), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_logits_of_chosen_tokens_have_the_types_of_the_others():
+    hidden = torch.randn(3, 5, dtype=torch.bfloat16, requires_grad=True)
+    head, tokens = Head(torch.randn(11, 5, dtype=torch.bfloat16, requires_grad=True), 11), torch.tensor([[0, 10]] * 3)
+    found = logits_at(hidden, head, tokens)
+    found.sum().backward()
+    assert found.dtype == torch.float32
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = logits_at(hidden.float(), Head(head.weight.float(), 11), tokens)
+    torch.testing.assert_close(narrow, found)
+    assert logits_at(hidden[:0], head, tokens[:0]).shape == (0, 2)

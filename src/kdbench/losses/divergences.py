@@ -27,8 +27,16 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _Kl.apply(log_p, log_q)
 
 
-# The two functions below are what autograd would do of itself, in half as many passes over vocabulary-wide tensors: these passes, not the
+# The functions below are what autograd would do of itself, in half as many passes over vocabulary-wide tensors: these passes, not the
 # products, would be most of a loss.
+
+
+def _zeros(finite_logs: Tensor) -> Tensor | None:
+    """Which probabilities are 0, from logarithms with a finite number for log 0; None if there are none, where finding out is cheap."""
+    zero = _log_zero(finite_logs)
+    if finite_logs.device.type == "cpu" and not (finite_logs.amin(-1) <= zero).any():
+        return None
+    return finite_logs <= zero
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -53,8 +61,9 @@ class _LogSoftmax(torch.autograd.Function):
 class _Kl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_p, log_q):
-        p, ratio = log_p.exp(), log_p - log_q
-        p.masked_fill_(log_q == _log_zero(log_q), 0.0)
+        p, ratio, absent = log_p.exp(), log_p - log_q, _zeros(log_q)
+        if absent is not None:
+            p.masked_fill_(absent, 0.0)
         ctx.save_for_backward(p, ratio if ctx.needs_input_grad[0] else None)
         return torch.linalg.vecdot(p, ratio)
 
@@ -66,6 +75,53 @@ class _Kl(torch.autograd.Function):
         return to_p, p * -upstream[..., None] if ctx.needs_input_grad[1] else None
 
 
+class _KlOfLogits(torch.autograd.Function):
+    """KL(softmax(a / T) ‖ softmax(b / T)) per row, without the tokens of probability 0 on the right.
+
+    With the two normalisers as numbers per row, no logarithm of a probability is ever made for the whole vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, temperature):
+        (p, a, log_sum_a), (q, b, log_sum_b) = (_KlOfLogits._normalise(logits, temperature) for logits in (a, b))
+        absent = _zeros(b)
+        difference = a.sub_(b)
+        kept = p if absent is None else p.masked_fill(absent, 0.0)
+        mass = None if absent is None else kept.sum(-1)
+        offset = log_sum_b - log_sum_a
+        if ctx.needs_input_grad[0]:
+            value = torch.linalg.vecdot(kept, difference)
+        else:
+            value, difference = difference.mul_(kept).sum(-1), None
+        value = value + (offset if absent is None else offset * mass)
+        ctx.temperature = temperature
+        ctx.save_for_backward(p, kept, q if ctx.needs_input_grad[1] else None, difference, mass, offset, value)
+        return value
+
+    @staticmethod
+    def _normalise(logits, temperature):
+        """Softmax, logits with a finite number for -inf, both new tensors, and the logarithm of the sum of their exponentials."""
+        scaled = logits / temperature
+        probabilities = scaled.softmax(-1)
+        log_sum = scaled.amax(-1) - probabilities.amax(-1).log()
+        return probabilities, scaled.clamp_(min=_log_zero(scaled)), log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        p, kept, q, difference, mass, offset, value = ctx.saved_tensors
+        scale = (upstream / ctx.temperature)[..., None]
+        to_a = to_b = None
+        if ctx.needs_input_grad[0]:
+            # Σ over kept tokens of p (log p - log q): its slope in log p is `slope`, whose mean over p the softmax takes away.
+            slope = (difference + (offset + 1)[..., None]).mul_(kept)
+            mean = value + (1 if mass is None else mass)
+            to_a = slope.sub_(p * mean[..., None]).mul_(scale)
+        if ctx.needs_input_grad[1]:
+            to_b = (q - kept if mass is None else q * mass[..., None] - kept).mul_(scale)
+        return to_a, to_b, None
+
+
 def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """log(share · a + (1 - share) · b)."""
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
@@ -73,12 +129,12 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(p ‖ q) = Σ p (log p - log q) (Hinton et al. 2015, arXiv 1503.02531, with the teacher's entropy)."""
-    return _kl(_log_probabilities(teacher_logits, temperature), _log_probabilities(student_logits, temperature))
+    return _KlOfLogits.apply(teacher_logits, student_logits, temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(q ‖ p) = Σ q (log q - log p), over the whole vocabulary (the objective of MiniLLM, Gu et al. 2023, arXiv 2306.08543)."""
-    return _kl(_log_probabilities(student_logits, temperature), _log_probabilities(teacher_logits, temperature))
+    return _KlOfLogits.apply(student_logits, teacher_logits, temperature)
 
 
 def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -152,8 +208,10 @@ def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """-Σ p log p of softmax(logits): (r, V) -> (r,) nats. A diagnostic: without gradient."""
-    log_p = _log_probabilities(logits.detach(), 1.0)
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
+    logits = logits.detach()
+    p, largest = logits.softmax(-1), logits.amax(-1, keepdim=True)
+    below = (logits - largest).clamp_(min=_log_zero(logits))
+    return -(p.amax(-1).log() + below.mul_(p).sum(-1))
 
 
 OBJECTIVES = {

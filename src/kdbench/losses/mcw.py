@@ -90,6 +90,11 @@ def largest_logits(logits: Tensor, k: int) -> Tensor:
     return logits.topk(k, dim=-1).values
 
 
+def largest_tokens(logits: Tensor, k: int) -> Tensor:
+    """The tokens of the k largest logits of each row, downwards: (r, V) -> (r, k) int64."""
+    return logits.topk(k, dim=-1).indices
+
+
 def interpolate(student: Tensor, teacher: Tensor, pairs: Tensor, share: float) -> Tensor:
     """Teacher's rows with their partner of the student mixed in: (1 - t) z_s + t z_t; a row without a partner stays as it is.
 

@@ -1,5 +1,7 @@
 """Dual-space distillation across tokenizers: rows are matched by attention between the two models."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.losses.attention import cross_attention, deviation
-from kdbench.losses.cross_entropy import correct, cross_entropy
+from kdbench.losses.cross_entropy import correct, cross_entropy, largest_probability
 from kdbench.losses.divergences import entropy
 from kdbench.losses.sequences import mean_over
 from kdbench.losses.vocabulary import of_tokens, over_vocabulary, rows_over_vocabulary
@@ -45,6 +47,14 @@ class DskdCmaSettings(DivergenceSettings):
     )
 
 
+@dataclass(frozen=True)
+class Look:
+    """Called with the logits (r, V) of a few rows at a time, all of them once and in their order, without gradient."""
+
+    at_student: Callable[[Tensor], None]
+    at_teacher: Callable[[Tensor], None]
+
+
 class DskdCma(Method):
     """Dual-space distillation with cross-model attention (Zhang et al. 2024, arXiv 2406.17328, section 3.3).
 
@@ -77,7 +87,8 @@ class DskdCma(Method):
     def needs(cls, settings: DskdCmaSettings) -> Needs:
         return Needs(teacher="signal", chunks=settings.causal)
 
-    def forward(self, student: Signal, teacher: Signal | None, step: Step) -> Terms:
+    def forward(self, student: Signal, teacher: Signal | None, step: Step, look: Look | None = None) -> Terms:
+        """The loss. What `look` is for: a method that builds on this one need not make the same logits again."""
         require_signal("dskd_cma", teacher)
         settings, size = self.settings, student.head.size
         ours, theirs = student.rows, teacher.rows
@@ -88,17 +99,24 @@ class DskdCma(Method):
         share = (ours.counts / theirs.counts)[theirs.sequence]
 
         def student_space(logits, projected, targets, weight):
+            if look is not None:
+                look.at_student(of_tokens(logits, size).detach())
             right = correct(projected, targets)
-            target_logits = of_tokens(projected, size).detach() / settings.teacher_temperature
+            anchor = cross_entropy(projected, targets)
+            target_logits = of_tokens(projected, size).detach()
+            if settings.teacher_temperature != 1:
+                target_logits = target_logits / settings.teacher_temperature
             return {
                 "ce": cross_entropy(logits, targets),
-                "t2s_ce": cross_entropy(projected, targets),
+                "t2s_ce": anchor,
                 "t2s_kd": weight * right * settings.divergence(of_tokens(logits, size), target_logits),
                 "t2s_correct": right,
-                "max_t2s_prob": projected.detach().softmax(-1).amax(-1),
+                "max_t2s_prob": largest_probability(projected, targets, anchor),
             }
 
         def teacher_space(projected, logits, targets, share):
+            if look is not None:
+                look.at_teacher(logits)
             return {
                 "s2t_kd": settings.divergence(projected, logits, objective="forward_kl"),
                 "s2t_correct": share * correct(projected, targets),

@@ -13,9 +13,9 @@ from kdbench.losses.mcw import Side
 from kdbench.losses.ot import cost_weights, sinkhorn, sinkhorn_divergence
 from kdbench.losses.semi_dual import semi_dual, semi_dual_potentials
 from kdbench.losses.sequences import pad
-from kdbench.losses.vocabulary import over_vocabulary, rows_over_vocabulary
+from kdbench.losses.vocabulary import logits_at, over_vocabulary
 from kdbench.methods.base import Method, Needs, Shape, require, require_signal
-from kdbench.methods.dskd_cma import DskdCma, DskdCmaSettings
+from kdbench.methods.dskd_cma import DskdCma, DskdCmaSettings, Look
 from kdbench.settings import Bool, Float, Int
 from kdbench.signals import Head, Signal, Step, Terms, weighted
 
@@ -174,12 +174,19 @@ class McwKd(Method):
         require_signal("mcw_kd", teacher)
         require("mcw_kd", "pairs of rows", step.pairs)
         require("mcw_kd", "distances of spelling", step.spelling)
+        k = min(self.settings.top_k, student.head.size, teacher.head.size)
+        best, largest = [], []  # the student's tokens, whose logits will have a gradient, and the teacher's logits
+        look = Look(
+            lambda logits: best.append(mcw.largest_tokens(logits, k)),
+            lambda logits: largest.append(mcw.largest_logits(logits, k)),
+        )
         # Not called as a module: ZeRO stage 3 would put away the student's head when that is done, which is needed below.
-        terms = self.cma.forward(student, teacher, step)
+        terms = self.cma.forward(student, teacher, step, look)
         projected = self.ot(teacher.rows.hidden.detach().to(self.ot.weight.dtype))
         if self.settings.anchor_rate:
             terms += self._anchor(student, projected, step.pairs)
-        log_top = self._log_top(student, teacher, step)
+        top = logits_at(student.rows.hidden, student.head, torch.cat(best))
+        log_top = self._log_top(top, torch.cat(largest), step)
         counts = student.rows.counts, teacher.rows.counts
         with torch.autocast(projected.device.type, enabled=False):
             ours = self._side(student, student.rows.hidden, log_top[0])
@@ -199,16 +206,9 @@ class McwKd(Method):
             weights={"anchor": self.settings.anchor_rate},
         )
 
-    def _log_top(self, student: Signal, teacher: Signal, step: Step) -> list[Tensor]:
-        """Log-probabilities over the top k of both sides, (n, k) and (m, k), the teacher's interpolated."""
+    def _log_top(self, ours: Tensor, theirs: Tensor, step: Step) -> list[Tensor]:
+        """Log-probabilities over the top k of both sides, (n, k) and (m, k), from their logits; the teacher's interpolated."""
         settings = self.settings
-        k = min(settings.top_k, student.head.size, teacher.head.size)
-
-        def top(hidden, head):
-            return rows_over_vocabulary(lambda logits: mcw.largest_logits(logits, k), [(hidden, head.of_tokens())])
-
-        ours = top(student.rows.hidden, student.head)
-        theirs = top(teacher.rows.hidden.detach(), teacher.head.detach())
         share = settings.interpolation_start
         share += (settings.interpolation_end - settings.interpolation_start) * step.progress
         theirs = mcw.interpolate(ours.detach(), theirs, step.pairs, share)

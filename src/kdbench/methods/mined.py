@@ -67,7 +67,8 @@ class Mined(Method):
         settings, size = self.settings, student.head.size
         hidden, targets = student.rows.hidden, student.rows.targets
         ours, theirs = step.pairs.unbind(1)
-        aligned = student.rows.inputs[ours] == self.nearest[teacher.rows.inputs[theirs]]
+        same = student.rows.inputs[ours] == self.nearest[teacher.rows.inputs[theirs]]
+        ours, theirs = step.pairs[same].unbind(1)
 
         def learn_reference(logits, targets):
             if settings.unaligned == "skip":
@@ -75,29 +76,28 @@ class Mined(Method):
             loss = one_hot_divergence(of_tokens(logits, size), targets, settings.temperature)
             return {"one_hot": loss * settings.temperature**2 if settings.squared_temperature else loss}
 
-        def of_paired(logits, teacher_logits, targets, aligned):
+        def of_aligned(logits, teacher_logits, targets):
             moved = self._moved(teacher_logits, size)
-            reference = learn_reference(logits, targets)
             return {
                 "ce": cross_entropy(logits, targets),
-                "kd": settings.divergence(of_tokens(logits, size), moved).where(aligned, 0.0),
-                **{name: loss.where(~aligned, 0.0) for name, loss in reference.items()},
-                "aligned": aligned.to(logits.dtype),
-                "teacher_correct": correct(moved, targets).where(aligned, 0.0),
-                "teacher_entropy": entropy(moved).where(aligned, 0.0),
+                "kd": settings.divergence(of_tokens(logits, size), moved),
+                "teacher_correct": correct(moved, targets),
+                "teacher_entropy": entropy(moved),
             }
 
-        def of_unpaired(logits, targets):
+        def of_others(logits, targets):
             return {"ce": cross_entropy(logits, targets), **learn_reference(logits, targets)}
 
         rest = _others(ours, len(hidden))
         weights = {"ce": settings.ce_rate, "kd": settings.kd_rate, "one_hot": settings.kd_rate}
         teacher_head = teacher.head.detach().of_tokens()
         heads = [(hidden[ours], student.head), (teacher.rows.hidden.detach()[theirs], teacher_head)]
-        diagnostics = ["aligned", "teacher_correct", "teacher_entropy"]
-        paired = over_vocabulary(of_paired, heads, [targets[ours], aligned], weights, diagnostics)
-        unpaired = over_vocabulary(of_unpaired, [(hidden[rest], student.head)], [targets[rest]], weights)
-        return Terms(paired.total + unpaired.total, _added(paired.sums, unpaired.sums), paired.diagnostics)
+        diagnostics = ["teacher_correct", "teacher_entropy"]
+        aligned = over_vocabulary(of_aligned, heads, [targets[ours]], weights, diagnostics)
+        others = over_vocabulary(of_others, [(hidden[rest], student.head)], [targets[rest]], weights)
+        sums = aligned.sums | others.sums | {"ce": aligned.sums["ce"] + others.sums["ce"]}
+        counted = aligned.diagnostics | {"aligned": torch.ones_like(ours).sum()}
+        return Terms(aligned.total + others.total, sums, counted)
 
     def _moved(self, logits, size):
         """(r, V_t) logits of the teacher -> (r, V_s)."""
@@ -107,11 +107,6 @@ class Mined(Method):
 
 
 def _others(chosen, count):
-    """The rows that are not among the chosen ones, ascending. Their number is known, so the device is not waited for."""
+    """The rows that are not among the chosen ones, ascending."""
     taken = torch.zeros(count, dtype=torch.int8, device=chosen.device).index_fill(0, chosen, 1)
     return taken.argsort(stable=True)[: count - len(chosen)]
-
-
-def _added(sums, others):
-    """Sums by name with those of further rows, which have no other names."""
-    return sums | {name: sums[name] + value for name, value in others.items()}
