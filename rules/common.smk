@@ -349,13 +349,17 @@ def group_scores_of(wildcards):
 def rows_of(experiment, names=None):
     """What a table shows of an experiment, in order: the teacher and its methods, or the methods named."""
     chosen = CONFIG.experiments[experiment]
-    rows = [] if names else [{"method": "teacher", "scores": f"results/teachers/{chosen.teacher}/scores.csv"}]
+    rows = [] if names else [{"method": "teacher"} | tables_of(f"teachers/{chosen.teacher}")]
     for name, variant in PLAN.variants[experiment].items():
         if names is None or name in names:
-            scores = f"results/{experiment}/methods/{name}/scores.csv"
-            rows.append({"method": variant.method, "variant": name, "objective": variant.objective, "scores": scores})
+            row = {"method": variant.method, "variant": name, "objective": variant.objective}
+            rows.append(row | tables_of(f"{experiment}/methods/{name}"))
     common = {"experiment": experiment, "teacher": chosen.teacher, "student": chosen.student}
     return [common | {"objective": "", "variant": ""} | row for row in rows]
+
+
+def tables_of(group):
+    return {"scores": f"results/{group}/scores.csv", "items": f"results/{group}/items.csv"}
 
 
 def shown(wildcards):
@@ -369,6 +373,10 @@ def shown(wildcards):
 
 def shown_scores(wildcards):
     return list(dict.fromkeys(row["scores"] for row in shown(wildcards)))
+
+
+def shown_items(wildcards):
+    return list(dict.fromkeys(row["items"] for row in shown(wildcards)))
 
 
 def shown_rows(wildcards):

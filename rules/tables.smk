@@ -12,7 +12,8 @@ rule collect_scores:
         config=group_config_of,
         scores=group_scores_of,
     output:
-        "results/{group}/scores.csv",
+        scores="results/{group}/scores.csv",
+        items="results/{group}/items.csv",
     log:
         "logs/collect_scores/{group}.log",
     benchmark:
@@ -24,13 +25,14 @@ rule collect_scores:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python {input.script} --scores {input.scores} --output {output} > {log} 2>&1"
+        "python {input.script} --scores {input.scores} --output {output.scores} --items {output.items} > {log} 2>&1"
 
 
 rule aggregate_method:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
+        items=shown_items,
     output:
         "results/{experiment}/methods/{method}/table.csv",
     log:
@@ -53,6 +55,7 @@ rule aggregate_experiment:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
+        items=shown_items,
     output:
         "results/{experiment}/table.csv",
     log:
@@ -76,6 +79,7 @@ rule aggregate:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
+        items=shown_items,
         alignments=shown_alignments,
     output:
         table=report(
@@ -85,6 +89,7 @@ rule aggregate:
             labels={"what": "table"},
         ),
         scores="results/scores.csv",
+        comparisons="results/comparisons.csv",
         markdown="results/table.md",
     log:
         "logs/aggregate.log",
@@ -101,4 +106,5 @@ rule aggregate:
         settings=generation_settings,
     shell:
         "python {input.script} --rows {params.rows:q} --settings {params.settings:q} --alignments {input.alignments}"
-        " --table {output.table} --scores {output.scores} --markdown {output.markdown} > {log} 2>&1"
+        " --table {output.table} --scores {output.scores} --comparisons {output.comparisons} --markdown {output.markdown}"
+        " > {log} 2>&1"

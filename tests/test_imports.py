@@ -28,10 +28,10 @@ OF_MODELS = {"numpy", "pydantic", "torch"}  # transformers comes with the first 
 
 # script -> what is imported before its options are read
 SCRIPTS = {
-    "aggregate": set(),
+    "aggregate": {"numpy"},
     "align": {"numpy", "pydantic"},
     "cache_teacher": OF_MODELS,
-    "collect_scores": set(),
+    "collect_scores": {"numpy"},
     "configure": set(),
     "distill": OF_MODELS,
     "download_model": OF_MODELS,
@@ -116,11 +116,12 @@ def test_light_stages_stay_light_when_they_work(tmp_path):
     used = of_script("score", "--predictions", answers, "--output", scores, cwd=tmp_path)
     assert used == {"nltk", "numpy", "rouge_score"}
     tabular = {"numpy", "pandas"}
-    assert of_script("collect_scores", "--scores", scores, "--output", "scores.csv", cwd=tmp_path) == tabular
+    made = ["--output", "scores.csv", "--items", "items.csv"]
+    assert of_script("collect_scores", "--scores", scores, *made, cwd=tmp_path) == tabular
     assert of_script("aggregate", "--rows", _row("scores.csv"), "--table", "table.csv", cwd=tmp_path) == tabular
     assert (tmp_path / "table.csv").read_text().count("\n") == 2
 
 
 def _row(scores: str) -> str:
     names = ("experiment", "method", "student", "teacher", "objective", "variant")
-    return json.dumps([{name: name for name in names} | {"scores": scores}])
+    return json.dumps([{name: name for name in names} | {"scores": scores, "items": "items.csv"}])

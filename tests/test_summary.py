@@ -203,8 +203,9 @@ def test_a_retry_that_fails_too_is_told(tmp_path):
 def test_jobs_that_fail_at_once_keep_their_own_status(tmp_path):
     commands = {"silent": "exit 3", "killed": "python  x.py\n        --more"}
     ends = [
-        "RuleException:\nCalledProcessError in file \"Snakefile\", line 9:\nCommand 'set -euo pipefail;  exit 3' returned non-zero exit status 3.\n",
-        "RuleException:\nCalledProcessError in file \"Snakefile\", line 8:\n"
+        'RuleException:\nCalledProcessError in file "Snakefile", line 9:\n'
+        "Command 'set -euo pipefail;  exit 3' returned non-zero exit status 3.\n",
+        'RuleException:\nCalledProcessError in file "Snakefile", line 8:\n'
         "Command 'set -euo pipefail;  python  x.py\n  --more' died with <Signals.SIGKILL: 9>.\n",
     ]
     errors = [

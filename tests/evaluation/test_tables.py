@@ -9,6 +9,7 @@ import pytest
 from kdbench import files
 from kdbench.errors import UserError
 from kdbench.evaluation import tables
+from kdbench.evaluation.comparisons import Runs, compare
 
 SETTINGS = {
     "decoding": {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "no_repeat_ngram_size": 6, "max_new_tokens": 256, "precision": "fp32"},
@@ -30,11 +31,9 @@ def write_scores(folder: Path, method: str, trainings, decodes, cut: int = 0) ->
         part = "" if training is None else f"seed{training}/"
         path = folder / method / f"{part}evaluation/{dataset}/decode{decode}/scores.json"
         scores = {"rouge_l": value(method, training or 0, dataset, decode), "records": 500, "share_empty": 0.0}
-        files.write_json(
-            path,
-            scores
-            | {"share_truncated": 0.25, "mean_tokens": 60.5, "prompts_cut": cut * (dataset == "sinst"), "items": []},
-        )
+        more = {"share_truncated": 0.25, "mean_tokens": 60.5, "prompts_cut": cut * (dataset == "sinst")}
+        items = [{"id": f"r{i}", "rouge_l": (scores["rouge_l"] + by) / 100} for i, by in enumerate((-6, 2, 1, 3))]
+        files.write_json(path, scores | more | {"items": items})
         paths.append(str(path))
     return paths
 
@@ -45,14 +44,19 @@ def shown(folder: Path, trainings=(1, 2, 3), decodes=(10, 20), methods=("sft", "
     rows = []
     for name in ("teacher", *methods):
         seeds = () if name == "teacher" else trainings
-        path = folder / f"{name}.csv"
-        tables.write_csv(
-            path, tables.collect(write_scores(folder, name, seeds, decodes, cut=7 if name == "uld" else 0))
-        )
+        paths = {"scores": f"{folder}/{name}.csv", "items": f"{folder}/{name}_items.csv"}
+        made = write_scores(folder, name, seeds, decodes, cut=7 if name == "uld" else 0)
+        tables.write_csv(paths["scores"], tables.collect(made))
+        tables.write_csv(paths["items"], tables.items(made))
         method, _, objective = name.partition(".")
         variant = "" if name == "teacher" else name
-        rows.append(common | {"method": method, "objective": objective, "variant": variant, "scores": str(path)})
+        rows.append(common | {"method": method, "objective": objective, "variant": variant} | paths)
     return rows
+
+
+def summary(rows, scores=None):
+    """The table of these rows, or of other scores in their place."""
+    return tables.summarise(tables.join(rows) if scores is None else scores, Runs(rows))
 
 
 def test_long_form(tmp_path):
@@ -70,10 +74,12 @@ def test_long_form(tmp_path):
 
 
 def test_deviation_over_training_seeds(tmp_path):
-    table = tables.summarise(tables.join(shown(tmp_path)))
+    table = summary(shown(tmp_path))
     assert list(table.columns) == [
         "experiment", "method", "student", "teacher", "objective", "variant",
-        "dolly", "dolly_std", "sinst", "sinst_std", "average", "training_seeds", "decode_seeds", "std_over",
+        "dolly", "dolly_std", "sinst", "sinst_std", "average",
+        "dolly_low", "dolly_high", "sinst_low", "sinst_high", "average_low", "average_high",
+        "training_seeds", "decode_seeds", "std_over", "interval_over",
     ]  # fmt: skip
     assert table["method"].tolist() == ["teacher", "sft", "uld", "dskd"]
     assert table["objective"].tolist() == ["", "", "", "reverse_kl"]
@@ -90,7 +96,7 @@ def test_deviation_over_training_seeds(tmp_path):
 
 
 def test_deviation_over_decode_seeds_of_one_training(tmp_path):
-    table = tables.summarise(tables.join(shown(tmp_path, trainings=(1,), decodes=(10, 20, 30))))
+    table = summary(shown(tmp_path, trainings=(1,), decodes=(10, 20, 30)))
     of_decodes = [value("sft", 1, "dolly", decode) for decode in (10, 20, 30)]
     assert table.iloc[1]["dolly_std"] == pytest.approx(statistics.stdev(of_decodes), rel=1e-12)
     assert set(table["std_over"]) == {"decode seeds"}
@@ -98,7 +104,7 @@ def test_deviation_over_decode_seeds_of_one_training(tmp_path):
 
 def test_no_deviation_of_one_value(tmp_path):
     rows = shown(tmp_path, trainings=(4,), decodes=(10,))
-    table = tables.summarise(tables.join(rows))
+    table = summary(rows)
     assert table["dolly_std"].isna().all()
     assert set(table["std_over"]) == {""}
     tables.write_table(tmp_path / "table.csv", table)
@@ -110,10 +116,10 @@ def test_files_are_the_same_bytes_whatever_the_order_of_the_score_files(tmp_path
     for run, order in (("a", 1), ("b", -1)):
         folder = tmp_path / run
         rows = shown(folder)
-        tables.write_table(folder / "table.csv", tables.summarise(tables.join(rows)))
+        tables.write_table(folder / "table.csv", summary(rows))
         paths = write_scores(folder, "uld", (1, 2, 3), (10, 20))
         tables.write_csv(folder / "uld.csv", tables.collect(paths[::order]))
-        tables.write_table(folder / "again.csv", tables.summarise(tables.join(rows)))
+        tables.write_table(folder / "again.csv", summary(rows))
         assert (folder / "table.csv").read_bytes() == (folder / "again.csv").read_bytes()
         written.append((folder / "table.csv").read_bytes())
     assert written[0] == written[1]
@@ -133,18 +139,20 @@ def test_files_are_the_same_bytes_whatever_the_order_of_the_score_files(tmp_path
     ids=["one score", "a training seed", "a data set", "a decode seed"],
 )  # fmt: skip
 def test_what_is_missing_is_an_error(tmp_path, lost, told):
-    scores = tables.join(shown(tmp_path))
-    tables.summarise(scores)
+    rows = shown(tmp_path)
+    scores = tables.join(rows)
+    summary(rows, scores)
     with pytest.raises(UserError, match=told):
-        tables.summarise(scores[~((scores["variant"] == "uld") & lost(scores))])
+        summary(rows, scores[~((scores["variant"] == "uld") & lost(scores))])
 
 
 def test_a_score_that_is_there_twice_is_an_error(tmp_path):
     import pandas as pd
 
-    scores = tables.join(shown(tmp_path))
+    rows = shown(tmp_path)
+    scores = tables.join(rows)
     with pytest.raises(UserError, match="2 scores instead of 1"):
-        tables.summarise(pd.concat([scores, scores.iloc[[9]]]))
+        summary(rows, pd.concat([scores, scores.iloc[[9]]]))
 
 
 def test_score_files_in_unknown_places_are_an_error(tmp_path):
@@ -161,8 +169,9 @@ def test_a_missing_long_table_is_an_error(tmp_path):
 
 
 def page(rows, settings=SETTINGS, alignments=None) -> str:
-    scores = tables.join(rows)
-    return tables.to_markdown(tables.summarise(scores), tables.notes(settings, alignments or {}, scores))
+    scores, runs = tables.join(rows), Runs(rows)
+    table = tables.summarise(scores, runs)
+    return tables.to_markdown(table, compare(runs), tables.notes(settings, alignments or {}, scores))
 
 
 def test_page(tmp_path):
@@ -171,7 +180,8 @@ def test_page(tmp_path):
     )
     lines = text.splitlines()
     assert "| method | dolly | sinst | average |" in lines
-    table = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+    first = lines[: lines.index("| difference to sft | dolly | sinst | average | gap closed |")]
+    table = {line.split(" | ")[0].removeprefix("| "): line for line in first if line.startswith("| ")}
     assert list(table)[2:] == ["teacher", "sft", "uld", "dskd.reverse_kl"]
     assert table["uld"].count("**") == 6  # the best student of each column; the teacher is better and no student
     assert sum("**" in line for line in lines) == 1
@@ -188,6 +198,7 @@ def test_page(tmp_path):
 def test_page_says_what_the_spread_is_over(tmp_path):
     assert "2 decode seeds of one training run" in page(shown(tmp_path / "a", trainings=(1,)))
     single = page(shown(tmp_path / "b", trainings=(1,), decodes=(10,)))
+    assert "over the records of one training run: no interval for training variance" in single
     assert "cannot tell a method's gain from chance" in single
     assert "±" not in single
     greedy = SETTINGS | {"decoding": SETTINGS["decoding"] | {"temperature": 0.0, "no_repeat_ngram_size": 0}}
@@ -195,10 +206,11 @@ def test_page_says_what_the_spread_is_over(tmp_path):
 
 
 def test_scores_that_look_alike_are_both_best(tmp_path):
-    scores = tables.join(shown(tmp_path, trainings=(1,), decodes=(10,), methods=("sft", "uld")))
+    rows = shown(tmp_path, trainings=(1,), decodes=(10,), methods=("sft", "uld"))
+    scores = tables.join(rows)
     scores.loc[scores["method"] == "uld", "rouge_l"] = 30.001
     scores.loc[scores["method"] == "sft", "rouge_l"] = 30.004
-    assert tables.to_markdown(tables.summarise(scores), []).count("**30.00**") == 6
+    assert tables.to_markdown(summary(rows, scores), compare(Runs(rows)), []).count("**30.00**") == 6
 
 
 def test_one_table_for_each_experiment(tmp_path):

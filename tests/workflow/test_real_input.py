@@ -381,7 +381,9 @@ def test_table(folder):
     table = pd.read_csv(folder / "results/table.csv", keep_default_na=False)
     keys = ["experiment", "method", "student", "teacher", "objective", "variant"]
     assert list(table.columns) == [
-        *keys, "dolly", "dolly_std", "sinst", "sinst_std", "average", "training_seeds", "decode_seeds", "std_over"
+        *keys, "dolly", "dolly_std", "sinst", "sinst_std", "average",
+        "dolly_low", "dolly_high", "sinst_low", "sinst_high", "average_low", "average_high",
+        "training_seeds", "decode_seeds", "std_over", "interval_over",
     ]  # fmt: skip
     assert table[keys].values.tolist() == [
         ["cross", "teacher", "", "qwen_dolly", "", ""],

@@ -34,10 +34,15 @@ TO_FILE = ["--output", "made.json"]
 
 # script -> arguments that name an input that is not there (all of them but configure.py read files)
 NOTHING_THERE = {
-    "aggregate.py": ["--rows", json.dumps([ROW | {"scores": "nowhere/scores.csv"}]), "--table", "made.csv"],
+    "aggregate.py": [
+        "--rows",
+        json.dumps([ROW | {"scores": "nowhere/scores.csv", "items": "nowhere/items.csv"}]),
+        "--table",
+        "made.csv",
+    ],
     "align.py": ["--tokens", "nowhere", *TO_FOLDER],
     "cache_teacher.py": ["--model", "nowhere", "--tokens", "nowhere", "--output", "made"],
-    "collect_scores.py": ["--scores", "nowhere/evaluation/test/decode10/scores.json", *TO_FILE],
+    "collect_scores.py": ["--scores", "nowhere/evaluation/test/decode10/scores.json", *TO_FILE, "--items", "items.csv"],
     "distill.py": [*TRAIN, "--teacher", "nowhere", *TO_FOLDER],
     "download_model.py": ["--source", '{"source": "path", "path": "nowhere"}', *TO_FOLDER],
     "generate.py": ["--model", "nowhere", "--records", "nowhere", *ANSWER, *TO_FILE],

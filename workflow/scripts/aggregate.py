@@ -4,7 +4,7 @@ import argparse
 import json
 
 from kdbench import cli, files
-from kdbench.evaluation import tables
+from kdbench.evaluation import comparisons, tables
 
 
 def main():
@@ -14,10 +14,11 @@ def main():
         required=True,
         type=json.loads,
         metavar="JSON",
-        help="what to show, in order, and the scores.csv of each",
+        help="what to show, in order, with the scores.csv and items.csv of each",
     )
     parser.add_argument("--table", required=True, metavar="FILE", help="table.csv to write")
     parser.add_argument("--scores", metavar="FILE", help="scores.csv to write")
+    parser.add_argument("--comparisons", metavar="FILE", help="comparisons.csv to write")
     parser.add_argument("--markdown", metavar="FILE", help="table.md to write")
     parser.add_argument(
         "--settings", type=json.loads, default={}, metavar="JSON", help="`decoding` and `text`, for the notes"
@@ -28,16 +29,17 @@ def main():
     options = parser.parse_args()
     if options.markdown and not options.settings:
         parser.error("--markdown needs --settings, for its notes")
-    scores = tables.join(options.rows)
-    table = tables.summarise(scores)
+    scores, runs = tables.join(options.rows), comparisons.Runs(options.rows)
+    table, differences = tables.summarise(scores, runs), comparisons.compare(runs)
     tables.write_table(options.table, table)
     if options.scores:
         tables.write_csv(options.scores, scores)
+    if options.comparisons:
+        tables.write_csv(options.comparisons, differences)
     if options.markdown:
         alignments = {str(files.folder_of(path)): files.read_manifest(path, "alignment") for path in options.alignments}
-        files.write_text(
-            options.markdown, tables.to_markdown(table, tables.notes(options.settings, alignments, scores))
-        )
+        notes = tables.notes(options.settings, alignments, scores)
+        files.write_text(options.markdown, tables.to_markdown(table, differences, notes))
 
 
 cli.run(main)

@@ -10,8 +10,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scores", required=True, nargs="+", metavar="FILE", help="scores.json files")
     parser.add_argument("--output", required=True, metavar="FILE", help="scores.csv to write")
+    parser.add_argument("--items", required=True, metavar="FILE", help="items.csv to write: the same, record by record")
     options = parser.parse_args()
     tables.write_csv(options.output, tables.collect(options.scores))
+    tables.write_csv(options.items, tables.items(options.scores))
 
 
 cli.run(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdbench import files
 from kdbench.errors import UserError
+from kdbench.evaluation.comparisons import AVERAGE, Runs, estimate, name_of
 
 KEYS = ["experiment", "method", "student", "teacher", "objective", "variant"]
 _RUN = re.compile(
@@ -29,14 +30,37 @@ def collect(score_files: Sequence[str]):
 
     rows = []
     for path in score_files:
-        where = _RUN.search(Path(path).as_posix())
-        if where is None:
-            raise UserError(f"{path} does not lie in a folder evaluation/<data set>/decode<seed>")
         scores = files.read_json(path)
-        rows.append(
-            {key: value or "" for key, value in where.groupdict().items()} | {key: scores[key] for key in _MEASURES}
-        )
+        rows.append(_where(path) | {key: scores[key] for key in _MEASURES})
     return pd.DataFrame(rows)
+
+
+def _where(path: str) -> dict[str, str]:
+    """Training seed (empty for a teacher), data set and decode seed, from a path."""
+    found = _RUN.search(Path(path).as_posix())
+    if found is None:
+        raise UserError(f"{path} does not lie in a folder evaluation/<data set>/decode<seed>")
+    return {key: value or "" for key, value in found.groupdict().items()}
+
+
+def items(score_files: Sequence[str]):
+    """The ROUGE-L of each record, averaged over decode seeds, as a long table.
+
+    Args:
+        score_files: see `collect`.
+
+    Returns:
+        A frame with `training_seed` (empty for a teacher), `dataset`, `id` of the record, and `rouge_l` from 0 to 100.
+    """
+    import pandas as pd
+
+    rows = []
+    for path in score_files:
+        where = _where(path)
+        for item in files.read_json(path)["items"]:
+            rows.append((where["training_seed"], where["dataset"], item["id"], 100 * item["rouge_l"]))
+    frame = pd.DataFrame(rows, columns=["training_seed", "dataset", "id", "rouge_l"])
+    return frame.groupby(["training_seed", "dataset", "id"], sort=False)["rouge_l"].mean().reset_index()
 
 
 def join(shown: Sequence[dict]):
@@ -66,14 +90,17 @@ def join(shown: Sequence[dict]):
     return pd.concat(frames, ignore_index=True)
 
 
-def summarise(scores):
+def summarise(scores, runs: Runs):
     """The table: a row for each experiment, model, method and objective.
 
     For each data set its mean and standard deviation (n - 1): over training seeds, each averaged over its decode seeds, where there are
-    several; else over decode seeds; else empty. `std_over` says which. `average` is the mean over data sets.
+    several; else over decode seeds; else empty. `std_over` says which. `average` is the mean over data sets. `<data set>_low` and
+    `_high` are the ends of the 95 % interval; `interval_over` says what it allows for: records, and training seeds where there are
+    several.
 
     Args:
         scores: long table of `join`.
+        runs: the same scores record by record.
 
     Raises:
         UserError: a combination of training seed, data set and decode seed is missing or there twice, or rows differ in theirs.
@@ -95,8 +122,12 @@ def summarise(scores):
             values = means[dataset] if len(trained) > 1 else group.loc[group["dataset"] == dataset, "rouge_l"]
             row[f"{dataset}_std"] = values.std()
         row["average"] = sum(row[dataset] for dataset in datasets) / len(datasets)
+        items = runs.of(row["experiment"])[name_of(row)]
+        for dataset in [*datasets, AVERAGE]:
+            row[f"{dataset}_low"], row[f"{dataset}_high"] = estimate(items, dataset).interval()
         over = "training seeds" if len(trained) > 1 else "decode seeds" if decodes > 1 else ""
-        rows.append(row | {"training_seeds": len(trained), "decode_seeds": decodes, "std_over": over})
+        counted = {"training_seeds": len(trained), "decode_seeds": decodes, "std_over": over}
+        rows.append(row | counted | {"interval_over": "training seeds and records" if len(trained) > 1 else "records"})
     return pd.DataFrame(rows)
 
 
@@ -163,11 +194,12 @@ def _prompts_cut(scores) -> str:
     return f"Prompts that were too long and had to be shortened: {', '.join(found) or 'none'}."
 
 
-def to_markdown(table, lines: Sequence[str]) -> str:
-    """A page: for each experiment a table with the best student of each column in bold, and notes.
+def to_markdown(table, comparisons, lines: Sequence[str]) -> str:
+    """A page: for each experiment a table with the best student of each column in bold, the differences to SFT, and notes.
 
     Args:
         table: see `summarise`.
+        comparisons: see `kdbench.evaluation.comparisons.compare`.
         lines: the notes.
     """
     columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std")] + ["average"]
@@ -183,7 +215,36 @@ def to_markdown(table, lines: Sequence[str]) -> str:
             ]
             parts.append("| " + " | ".join([row["variant"] or row["method"], *cells]) + " |")
         parts += ["", _spread(rows), ""]
+        against = comparisons[(comparisons["experiment"] == experiment) & (comparisons["against"] == "sft")]
+        if len(against):
+            parts += [*_differences(against, columns), ""]
     return "\n".join([*parts, *(f"- {line}" for line in lines)]).rstrip() + "\n"
+
+
+def _differences(against, columns: Sequence[str]) -> list[str]:
+    """Differences to SFT with their intervals; * where Holm's correction leaves p at 0.05 or less."""
+    lines = ["| difference to sft | " + " | ".join(columns) + " | gap closed |"]
+    lines.append("| --- |" + " ---: |" * (len(columns) + 1))
+    for method, rows in against.groupby("method", sort=False):
+        cells = rows.set_index("dataset")
+        shown = [
+            f"{one['difference']:+.2f}{'*' if one['p_holm'] <= 0.05 else ''} [{one['low']:+.2f}, {one['high']:+.2f}]"
+            for one in (cells.loc[column] for column in columns)
+        ]
+        gap = cells.loc[AVERAGE, "gap_closed"]
+        lines.append("| " + " | ".join([method, *shown, "" if gap != gap else f"{gap:.0%}"]) + " |")
+    seeds = against["training_seeds"].max()
+    over = (
+        f"over {seeds} training seeds and the records, paired by both"
+        if seeds > 1
+        else "over the records of one training run: no interval for training variance"
+    )
+    return [
+        *lines,
+        "",
+        f"In brackets the 95 % interval {over}. * p ≤ 0.05 after Holm's correction over the methods of a column. Gap closed: the share of"
+        " the way from sft to the teacher, of the average.",
+    ]
 
 
 def _score(value: float) -> str:

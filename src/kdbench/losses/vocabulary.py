@@ -250,7 +250,9 @@ def _pieces(
     """The logits of all heads, piece by piece; what the heads collected of a chunk becomes gradients when its pieces are done."""
     chunk, size = rows_at_a_time
     number = max(1, -(-count // chunk))
-    for whole in _parts(count, max(1, -(-count // number))):  # of one size: a product with few rows waits for the head's weights
+    for whole in _parts(
+        count, max(1, -(-count // number))
+    ):  # of one size: a product with few rows waits for the head's weights
         for head in heads:
             head.begin(whole)
         for part in _parts(whole.stop - whole.start, size):
