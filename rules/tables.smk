@@ -91,6 +91,7 @@ rule aggregate:
         scores="results/scores.csv",
         comparisons="results/comparisons.csv",
         markdown="results/table.md",
+        latex="results/table.tex",
     log:
         "logs/aggregate.log",
     benchmark:
@@ -107,4 +108,4 @@ rule aggregate:
     shell:
         "python {input.script} --rows {params.rows:q} --settings {params.settings:q} --alignments {input.alignments}"
         " --table {output.table} --scores {output.scores} --comparisons {output.comparisons} --markdown {output.markdown}"
-        " > {log} 2>&1"
+        " --latex {output.latex} > {log} 2>&1"

@@ -194,6 +194,11 @@ def _prompts_cut(scores) -> str:
     return f"Prompts that were too long and had to be shortened: {', '.join(found) or 'none'}."
 
 
+def measures(table) -> list[str]:
+    """Columns of the table that hold scores: the data sets, and their average."""
+    return [name.removesuffix("_std") for name in table.columns if name.endswith("_std")] + [AVERAGE]
+
+
 def to_markdown(table, comparisons, lines: Sequence[str]) -> str:
     """A page: for each experiment a table with the best student of each column in bold, the differences to SFT, and notes.
 
@@ -202,7 +207,7 @@ def to_markdown(table, comparisons, lines: Sequence[str]) -> str:
         comparisons: see `kdbench.evaluation.comparisons.compare`.
         lines: the notes.
     """
-    columns = [name.removesuffix("_std") for name in table.columns if name.endswith("_std")] + ["average"]
+    columns = measures(table)
     parts = ["# ROUGE-L", ""]
     for experiment, rows in table.groupby("experiment", sort=False):
         first = rows.iloc[0]
@@ -214,7 +219,7 @@ def to_markdown(table, comparisons, lines: Sequence[str]) -> str:
                 _cell(row, name, row["method"] != "teacher" and _score(row[name]) == best[name]) for name in columns
             ]
             parts.append("| " + " | ".join([row["variant"] or row["method"], *cells]) + " |")
-        parts += ["", _spread(rows), ""]
+        parts += ["", spread(rows), ""]
         against = comparisons[(comparisons["experiment"] == experiment) & (comparisons["against"] == "sft")]
         if len(against):
             parts += [*_differences(against, columns), ""]
@@ -257,7 +262,7 @@ def _cell(row, name: str, best: bool) -> str:
     return text if std is None or std != std else f"{text} ± {std:.2f}"
 
 
-def _spread(rows) -> str:
+def spread(rows) -> str:
     """What ± is over, and what one must not read into a single training run."""
     seeds, decodes = rows["training_seeds"].max(), rows["decode_seeds"].max()
     if seeds > 1:
