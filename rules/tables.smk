@@ -13,7 +13,7 @@ rule collect_scores:
         scores=group_scores_of,
     output:
         scores="results/{group}/scores.csv",
-        items="results/{group}/items.csv",
+        by_record="results/{group}/items.csv",
     log:
         "logs/collect_scores/{group}.log",
     benchmark:
@@ -25,14 +25,14 @@ rule collect_scores:
         mem_mb=1000,
         runtime=10,
     shell:
-        "python {input.script} --scores {input.scores} --output {output.scores} --items {output.items} > {log} 2>&1"
+        "python {input.script} --scores {input.scores} --output {output.scores} --items {output.by_record} > {log} 2>&1"
 
 
 rule aggregate_method:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
-        items=shown_items,
+        by_record=shown_items,
     output:
         "results/{experiment}/methods/{method}/table.csv",
     log:
@@ -55,7 +55,7 @@ rule aggregate_experiment:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
-        items=shown_items,
+        by_record=shown_items,
     output:
         "results/{experiment}/table.csv",
     log:
@@ -79,7 +79,7 @@ rule aggregate:
     input:
         script="workflow/scripts/aggregate.py",
         scores=shown_scores,
-        items=shown_items,
+        by_record=shown_items,
         alignments=shown_alignments,
     output:
         table=report(
