@@ -11,8 +11,9 @@ and the 95 % interval reaches √(t_A² A + t_B² B) to either side, t the quant
 seeds where they decide, the one of the records where these do, and a little wide in between. A bootstrap that draws three or five seeds
 again is too narrow where they decide: it takes their few degrees of freedom for infinitely many.
 
-In differences of two methods the records' part, which both share, is gone, and would no longer make up for an A that chance has made
-too small. There MS_s counts twice, but A never for more than MS_s / SI, which is the t test over seeds.
+In differences of two methods the records' part, which both share, is gone, and no longer makes up for an A that chance has made too small:
+the more so the smaller the p-values that are asked about. There A = (2 MS_s - MS_e) / SI, but at least half and at most the whole of
+MS_s / SI, with which it is the t test over seeds.
 """
 
 import math
@@ -91,9 +92,9 @@ def mean(scores: Sequence[np.ndarray], paired: bool = False) -> Estimate:
         within += share**2 * of_rest / table.size
     by_seed = np.mean([table.mean(1) for table in scores], axis=0)
     between = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
-    from_seeds = min(max(float((2 if paired else 1) * between - within), 0.0), float(between))
+    from_seeds = min(max(2 * between - within, between / 2), between) if paired else max(between - within, 0.0)
     records = sum(table.shape[1] - 1 for table in scores)
-    return Estimate(float(by_seed.mean()), from_seeds, float(from_records), seeds, records)
+    return Estimate(float(by_seed.mean()), float(from_seeds), float(from_records), seeds, records)
 
 
 def _mean_squares(table: np.ndarray) -> tuple[float, float]:
