@@ -71,6 +71,18 @@ def test_split_keeps_to_a_number_of_tokens(size, world, micro, tokens):
                     assert len(one) == micro or LENGTHS[one].sum() + LENGTHS[other[0]] > tokens
 
 
+@pytest.mark.parametrize(("world", "apart"), [(2, 0.01), (4, 0.05)])
+def test_split_gives_all_processes_nearly_as_many_tokens(world, apart):
+    """In turns by length, one process would have the longer record of each turn."""
+    excess = []
+    for batch in batches.schedule(len(LENGTHS), 32, epoch=0, seed=1)[:-1]:
+        parts = [batches.split(batch, LENGTHS, rank, world, 32)[0] for rank in range(world)]
+        assert {len(part) for part in parts} == {32 // world}
+        tokens = [LENGTHS[part].sum() for part in parts]
+        excess.append(max(tokens) / np.mean(tokens) - 1)
+    assert np.median(excess) < apart
+
+
 def test_split_of_one_process_has_no_empty_part():
     for size in range(1, 40):
         for micro in range(1, 9):

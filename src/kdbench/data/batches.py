@@ -98,8 +98,8 @@ def split(
 ) -> list[list[int]]:
     """The micro-batches of one process: as many as every other process has, of like lengths.
 
-    Records go to the processes in turns, by length, so that all of them work equally long and hold equally much. Where a process has
-    fewer records than micro-batches, some of them are empty.
+    No process gets more than its share of the records, rounded up, and all get nearly as many tokens, so that none waits long for another.
+    Where a process has fewer records than micro-batches, some of them are empty.
 
     Args:
         batch: records of a step.
@@ -108,13 +108,23 @@ def split(
         micro: records of one forward pass at most.
         tokens: tokens of one forward pass at most, but for a record that is longer by itself; by default any number.
     """
-    batch = np.asarray(batch)
-    batch = batch[np.argsort(lengths[batch], kind="stable")]
+    shares = _shares(batch, lengths, world)
     if tokens is None:
         parts = math.ceil(math.ceil(len(batch) / world) / micro)
-        return [part.tolist() for part in np.array_split(batch[rank::world], parts)]
-    cut = [_fill(batch[of::world].tolist(), lengths, micro, tokens) for of in range(world)]
+        return [part.tolist() for part in np.array_split(np.asarray(shares[rank], dtype=np.int64), parts)]
+    cut = [_fill(share, lengths, micro, tokens) for share in shares]
     return cut[rank] + [[] for _ in range(max(map(len, cut)) - len(cut[rank]))]
+
+
+def _shares(batch: Sequence[int], lengths: np.ndarray, world: int) -> list[list[int]]:
+    """The records of each process, from the shortest to the longest: the longest is dealt first, each to whom it burdens least."""
+    batch = np.asarray(batch)
+    shares, loads, most = [[] for _ in range(world)], [0] * world, math.ceil(len(batch) / world)
+    for record in batch[np.argsort(lengths[batch], kind="stable")][::-1].tolist():
+        takes = min((of for of in range(world) if len(shares[of]) < most), key=loads.__getitem__)
+        shares[takes].append(record)
+        loads[takes] += int(lengths[record])
+    return [share[::-1] for share in shares]
 
 
 def _fill(records: list[int], lengths: np.ndarray, micro: int, tokens: int) -> list[list[int]]:
