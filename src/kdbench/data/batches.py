@@ -93,22 +93,39 @@ def schedule(records: int, batch_size: int, epoch: int, seed: int) -> list[list[
     return [order[start : start + batch_size].tolist() for start in range(0, records, batch_size)]
 
 
+def work(lengths: np.ndarray, responses: np.ndarray) -> np.ndarray:
+    """What records cost: their tokens, which the models read, and their response tokens, which the losses see; half each over the data set.
+
+    Args:
+        lengths: (R,) tokens of each record.
+        responses: (R,) those of its response.
+    """
+    return lengths / lengths.mean() + responses / responses.mean()
+
+
 def split(
-    batch: Sequence[int], lengths: np.ndarray, rank: int, world: int, micro: int, tokens: int | None = None
+    batch: Sequence[int],
+    lengths: np.ndarray,
+    work: np.ndarray,
+    rank: int,
+    world: int,
+    micro: int,
+    tokens: int | None = None,
 ) -> list[list[int]]:
     """The micro-batches of one process: as many as every other process has, of like lengths.
 
-    No process gets more than its share of the records, rounded up, and all get nearly as many tokens, so that none waits long for another.
+    No process gets more than its share of the records, rounded up, and all get nearly as much work, so that none waits long for another.
     Where a process has fewer records than micro-batches, some of them are empty.
 
     Args:
         batch: records of a step.
         lengths: (R,) tokens of each record of the data set.
+        work: (R,) what each record costs, see `work`.
         rank: the process, of `world`.
         micro: records of one forward pass at most.
         tokens: tokens of one forward pass at most, but for a record that is longer by itself; by default any number.
     """
-    shares = _shares(batch, lengths, world)
+    shares = _shares(np.asarray(batch), lengths, work, world)
     if tokens is None:
         parts = math.ceil(math.ceil(len(batch) / world) / micro)
         return [part.tolist() for part in np.array_split(np.asarray(shares[rank], dtype=np.int64), parts)]
@@ -116,15 +133,15 @@ def split(
     return cut[rank] + [[] for _ in range(max(map(len, cut)) - len(cut[rank]))]
 
 
-def _shares(batch: Sequence[int], lengths: np.ndarray, world: int) -> list[list[int]]:
-    """The records of each process, from the shortest to the longest: the longest is dealt first, each to whom it burdens least."""
-    batch = np.asarray(batch)
-    shares, loads, most = [[] for _ in range(world)], [0] * world, math.ceil(len(batch) / world)
-    for record in batch[np.argsort(lengths[batch], kind="stable")][::-1].tolist():
+def _shares(batch: np.ndarray, lengths: np.ndarray, work: np.ndarray, world: int) -> list[list[int]]:
+    """The records of each process, from the shortest to the longest: the most work is dealt first, each to whom it burdens least."""
+    shares, loads, most = [[] for _ in range(world)], [0.0] * world, math.ceil(len(batch) / world)
+    for place in np.argsort(-work[batch], kind="stable").tolist():
         takes = min((of for of in range(world) if len(shares[of]) < most), key=loads.__getitem__)
-        shares[takes].append(record)
-        loads[takes] += int(lengths[record])
-    return [share[::-1] for share in shares]
+        shares[takes].append(place)
+        loads[takes] += float(work[batch[place]])
+    places = [np.sort(np.asarray(share, dtype=np.int64)) for share in shares]
+    return [batch[share[np.argsort(lengths[batch[share]], kind="stable")]].tolist() for share in places]
 
 
 def _fill(records: list[int], lengths: np.ndarray, micro: int, tokens: int) -> list[list[int]]:

@@ -61,6 +61,7 @@ class Loop:
         self.position = Position()
         self.lengths = job.train.student.lengths
         self.responses = job.train.student.response_counts
+        self._work = batches.work(self.lengths, self.responses)
         self.steps_per_epoch = math.ceil(len(self.lengths) / job.training.batch_size)
         self.total = self.steps_per_epoch * job.training.epochs
         self._saved = time.monotonic()
@@ -103,7 +104,7 @@ class Loop:
         began = time.monotonic()
         job, position, world = self.job, self.position, self.processes.world
         _reseed(job.seed, position.step, self.processes)
-        parts = self._split(rows, self.lengths)
+        parts = self._split(rows, self.lengths, self._work)
         tokens = int(self.responses[rows].sum())
         found = [self._accumulate(part, rows, world / tokens, last=part is parts[-1]) for part in parts]
         due = stop.due(self._needed), began - self._saved >= job.hardware.checkpoint_seconds
@@ -129,11 +130,11 @@ class Loop:
         self.progress.step(metrics | {"memory_mb": self.progress.memory()}, self.total)
         return leave > 0, save > 0
 
-    def _split(self, rows: Sequence[int], lengths: np.ndarray) -> list[list[int]]:
+    def _split(self, rows: Sequence[int], lengths: np.ndarray, work: np.ndarray) -> list[list[int]]:
         """This process' micro-batches of some records."""
         processes, hardware = self.processes, self.job.hardware
         limits = hardware.micro_batch_size, hardware.micro_batch_tokens
-        return batches.split(rows, lengths, processes.rank, processes.world, *limits)
+        return batches.split(rows, lengths, work, processes.rank, processes.world, *limits)
 
     def _accumulate(self, part: list[int], rows: list[int], scale: float, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; its sums, detached.
@@ -194,7 +195,8 @@ class Loop:
     def _dev_loss(self) -> float:
         """Cross entropy per response token of the dev records, the same measure for every method."""
         column = self.job.dev.student
-        parts = self._split(range(column.rows), column.lengths)
+        work = batches.work(column.lengths, column.response_counts)
+        parts = self._split(range(column.rows), column.lengths, work)
         module = self.engine.module.eval()
         found = []
         for part in parts:
