@@ -33,7 +33,7 @@ _FURTHER = 3  # steps for which there are records besides those that are counted
 SCALED = "vanilla_kd"  # the method whose time is told for several batch sizes and vocabularies
 BATCH_SIZES = (2, 4, 8, 16)
 VOCABULARIES = {"32k": "32k", "50k": "same", "152k": "152k"}  # name of the pair (`benchmarks.rows.PAIRS`) of each
-PARALLEL = ("dskd_cma", "cached", 8)  # method, teacher and records of a step that two processes share
+PARALLEL = ("simple_ctkd", "cached", 16)  # method, teacher and records of a step that two processes share
 SETTINGS = {"compile": True, "gradient_checkpointing": True}  # of `hardware`, with values other than the default
 
 
