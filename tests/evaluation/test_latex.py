@@ -47,6 +47,12 @@ def test_one_environment_for_each_experiment(tmp_path):
     assert re.findall(r"\\label{(.*)}", text) == ["tab:pair", "tab:other"]
 
 
+def test_one_training_has_no_marks(tmp_path):
+    text = made(shown(tmp_path, trainings=(1,)))
+    assert "textsuperscript" not in text
+    assert "Holm" not in text
+
+
 def test_special_characters():
     assert latex.escaped(r"50% of a_b & c$ \x ~^") == (
         r"50\% of a\_b \& c\$ \textbackslash{}x \textasciitilde{}\textasciicircum{}"

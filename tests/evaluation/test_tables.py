@@ -199,6 +199,8 @@ def test_page_says_what_the_spread_is_over(tmp_path):
     assert "2 decode seeds of one training run" in page(shown(tmp_path / "a", trainings=(1,)))
     single = page(shown(tmp_path / "b", trainings=(1,), decodes=(10,)))
     assert "over the records of one training run: no interval for training variance" in single
+    differences = single[single.index("difference to sft") :]
+    assert "*" not in differences.split("Gap closed")[0]
     assert "cannot tell a method's gain from chance" in single
     assert "±" not in single
     greedy = SETTINGS | {"decoding": SETTINGS["decoding"] | {"temperature": 0.0, "no_repeat_ngram_size": 0}}

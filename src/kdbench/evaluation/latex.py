@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kdbench.evaluation.comparisons import AVERAGE
-from kdbench.evaluation.tables import measures, spread
+from kdbench.evaluation.tables import is_sure, measures, spread
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -18,15 +18,18 @@ _SPECIAL = {
 def to_latex(table, comparisons, notes: Sequence[str]) -> str:
     """For each experiment a `table` environment, with the best student of each column in bold and the second best underlined.
 
-    The document needs the package booktabs. * marks students whose difference to SFT has p of 0.05 at most after Holm's correction.
+    The document needs the package booktabs. * marks students that differ from SFT, see `is_sure`.
 
     Args:
         table: see `kdbench.evaluation.tables.summarise`.
         comparisons: see `kdbench.evaluation.comparisons.compare`.
         notes: for the caption, see `kdbench.evaluation.tables.notes`.
     """
-    found = comparisons[(comparisons["against"] == "sft") & (comparisons["p_holm"] <= 0.05)]
-    marked = set(zip(found["experiment"], found["method"], found["dataset"], strict=True))
+    marked = {
+        (one["experiment"], one["method"], one["dataset"])
+        for _, one in comparisons[comparisons["against"] == "sft"].iterrows()
+        if is_sure(one)
+    }
     parts = ["% needs \\usepackage{booktabs}"]
     for experiment, rows in table.groupby("experiment", sort=False):
         parts += ["", *_environment(experiment, rows, measures(table), marked, notes)]
@@ -45,7 +48,7 @@ def _environment(experiment, rows, columns, marked, notes) -> list[str]:
             lines.append(r"\midrule")
     pair = f"Teacher {rows.iloc[0]['teacher']}, student {rows.iloc[-1]['student']}."
     star = "* p ≤ 0.05 for the difference to sft, after Holm's correction over the methods of a column."
-    caption = " ".join([pair, *notes, spread(rows), star])
+    caption = " ".join([pair, *notes, spread(rows), *([star] if rows["training_seeds"].max() > 1 else [])])
     return [
         r"\begin{table}",
         r"\centering",

@@ -227,29 +227,33 @@ def to_markdown(table, comparisons, lines: Sequence[str]) -> str:
 
 
 def _differences(against, columns: Sequence[str]) -> list[str]:
-    """Differences to SFT with their intervals; * where Holm's correction leaves p at 0.05 or less."""
+    """Differences to SFT with their intervals; * where several trainings differ and Holm's correction leaves p at 0.05 or less."""
     lines = ["| difference to sft | " + " | ".join(columns) + " | gap closed |"]
     lines.append("| --- |" + " ---: |" * (len(columns) + 1))
     for method, rows in against.groupby("method", sort=False):
         cells = rows.set_index("dataset")
         shown = [
-            f"{one['difference']:+.2f}{'*' if one['p_holm'] <= 0.05 else ''} [{one['low']:+.2f}, {one['high']:+.2f}]"
+            f"{one['difference']:+.2f}{'*' if is_sure(one) else ''} [{one['low']:+.2f}, {one['high']:+.2f}]"
             for one in (cells.loc[column] for column in columns)
         ]
         gap = cells.loc[AVERAGE, "gap_closed"]
-        lines.append("| " + " | ".join([method, *shown, "" if gap != gap else f"{gap:.0%}"]) + " |")
+        lines.append("| " + " | ".join([method, *shown, "" if gap != gap else f"{round(100 * gap)} %"]) + " |")
     seeds = against["training_seeds"].max()
     over = (
-        f"over {seeds} training seeds and the records, paired by both"
+        f"over {seeds} training seeds and the records, paired by both. * p ≤ 0.05 after Holm's correction over the methods of a column."
         if seeds > 1
-        else "over the records of one training run: no interval for training variance"
+        else "over the records of one training run: no interval for training variance."
     )
     return [
         *lines,
         "",
-        f"In brackets the 95 % interval {over}. * p ≤ 0.05 after Holm's correction over the methods of a column. Gap closed: the share of"
-        " the way from sft to the teacher, of the average.",
+        f"In brackets the 95 % interval {over} Gap closed: the share of the way from sft to the teacher, of the average.",
     ]
+
+
+def is_sure(comparison) -> bool:
+    """Whether a difference is marked: p of at most 0.05 after Holm's correction, and more than one training to know it from."""
+    return comparison["training_seeds"] > 1 and comparison["p_holm"] <= 0.05
 
 
 def _score(value: float) -> str:
