@@ -6,12 +6,16 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 LOCK := envs/requirements.lock
 WITH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test test-golden quick bench env lint format docs clean
+.PHONY: demo status test test-golden quick bench env lint format docs clean
 
 ## the embedded experiment, from nothing to results/table.csv
 demo: env
 	@$(WITH) snakemake --cores $(CORES) results/table.csv
 	@echo && cat results/table.md
+
+## what is done, at work, stopped and waiting; `.venv/bin/python -m kdbench.status --watch` tells it again and again
+status: env
+	@$(WITH) python -m kdbench.status
 
 ## the environment in .venv; made anew when the lock file changes
 env:

@@ -10,7 +10,7 @@ sys.path.insert(0, SOURCE)  # the library of this very folder, installed or not
 
 from snakemake.exceptions import WorkflowError
 
-from kdbench import cli, locks
+from kdbench import cli, locks, status
 from kdbench import config as configuration
 from kdbench.errors import UserError
 from kdbench.files import canonical
@@ -59,6 +59,16 @@ EVALUATION = CONFIG.evaluation
 HARDWARE = CONFIG.hardware
 _HARDWARE, _GENERATION = canonical(HARDWARE.model_dump()), canonical(PLAN.generation())  # of every job the same
 EXPERIMENTS = list(CONFIG.experiments)
+RUNS = [f"teachers/{name}" for name in PLAN.teachers] + [
+    f"{experiment}/methods/{name}/seed{seed}"
+    for experiment, variants in PLAN.variants.items()
+    for name in variants
+    for seed in CONFIG.experiments[experiment].seeds
+]
+if LOCK is not None:
+    status.write_plan(
+        RUNS, [f"evaluation/{of}/decode{seed}" for of in EVALUATION.datasets for seed in EVALUATION.decode_seeds]
+    )
 VARIANTS = {name for variants in PLAN.variants.values() for name in variants}
 FINE_TUNED = {v.name for variants in PLAN.variants.values() for v in variants.values() if v.needs.teacher != "signal"}
 ANSWERED = {v.name for variants in PLAN.variants.values() for v in variants.values() if v.needs.teacher == "answers"}

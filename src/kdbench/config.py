@@ -15,7 +15,8 @@ from kdbench.vocabularies import architecture, same_tokenizer, vocabulary_size
 
 RESERVED = {"teachers", "tokens", "alignments", "benchmarks"}  # folders of results/ beside the experiments
 COLUMNS = re.compile(  # of the table, beside one for each data set
-    r"experiment|method|student|teacher|objective|variant|average|training_seeds|decode_seeds|std_over|.*_std"
+    r"experiment|method|student|teacher|objective|variant|average|training_seeds|decode_seeds|std_over|interval_over"
+    r"|.*_(std|low|high)"
 )
 _METHOD_KEYS = {"method", "training"}  # keys of a method's block that are not settings of the method
 

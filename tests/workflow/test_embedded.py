@@ -1,6 +1,8 @@
 """The embedded experiment from nothing: what its table may be relied on to show (and only that: the order of distilled students is not)."""
 
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -26,3 +28,7 @@ def test_orderings_of_the_embedded_experiment(untouched):
     assert same.loc["vanilla_kd", "shift"] > same.loc["sft", "shift"]
     assert same.loc["dskd", "test"] > same.loc["sft", "test"]
     assert "Nothing to be done" in untouched.succeed()
+    told = subprocess.run(
+        [sys.executable, "-m", "kdbench.status", "--directory", untouched.folder], capture_output=True, text=True
+    )
+    assert "\n8 of 8 done\n" in told.stdout
