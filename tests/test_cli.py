@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kdbench import cli
+
 SCRIPT = """
 import sys, time
 from kdbench import cli
@@ -127,8 +129,7 @@ def test_job_of_another_program_goes_on(started):
 
 
 def test_jobs_import_the_library_from_its_folder(monkeypatch):
-    from kdbench import cli
-
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # put back in the end
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/other", "/library"]))
     cli.find_in_jobs("/library")
     cli.find_in_jobs("/library")
@@ -136,3 +137,11 @@ def test_jobs_import_the_library_from_its_folder(monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     cli.find_in_jobs("/library")
     assert os.environ["PYTHONPATH"] == "/library"
+
+
+def test_jobs_get_the_python_of_this_process(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    cli.find_in_jobs("/library")
+    cli.find_in_jobs("/library")
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"

@@ -62,6 +62,13 @@ def _lives(process) -> bool:
 
 
 def find_in_jobs(source: str) -> None:
-    """Let the scripts that this process starts import the library from `source`, also in other environments and on cluster nodes."""
+    """Let the scripts that this process starts import the library from `source`, also in other environments and on cluster nodes.
+
+    `python` is then the one of this process, also where its environment is not activated: `.venv/bin/snakemake` is enough.
+    """
     before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != source]
     os.environ["PYTHONPATH"] = os.pathsep.join([source, *before])
+    here = os.path.dirname(sys.executable)
+    search = os.environ.get("PATH", "")
+    if search.split(os.pathsep)[0] != here:
+        os.environ["PATH"] = os.pathsep.join([here, search])
