@@ -16,7 +16,8 @@ from kdbench.losses import ot, semi_dual
 from kdbench.training import engines
 
 _TRANSPORT = (ot.sinkhorn, ot.sinkhorn_divergence, semi_dual.semi_dual, semi_dual.semi_dual_potentials)
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.mm.out, _ATEN.addmm.default, _ATEN.addmm_.default, _ATEN.bmm.default}
 
 
 class Stopwatch:
