@@ -59,16 +59,8 @@ EVALUATION = CONFIG.evaluation
 HARDWARE = CONFIG.hardware
 _HARDWARE, _GENERATION = canonical(HARDWARE.model_dump()), canonical(PLAN.generation())  # of every job the same
 EXPERIMENTS = list(CONFIG.experiments)
-RUNS = [f"teachers/{name}" for name in PLAN.teachers] + [
-    f"{experiment}/methods/{name}/seed{seed}"
-    for experiment, variants in PLAN.variants.items()
-    for name in variants
-    for seed in CONFIG.experiments[experiment].seeds
-]
 if LOCK is not None:
-    status.write_plan(
-        RUNS, [f"evaluation/{of}/decode{seed}" for of in EVALUATION.datasets for seed in EVALUATION.decode_seeds]
-    )
+    status.write_plan(PLAN.runs())
 VARIANTS = {name for variants in PLAN.variants.values() for name in variants}
 FINE_TUNED = {v.name for variants in PLAN.variants.values() for v in variants.values() if v.needs.teacher != "signal"}
 ANSWERED = {v.name for variants in PLAN.variants.values() for v in variants.values() if v.needs.teacher == "answers"}
@@ -356,37 +348,18 @@ def group_scores_of(wildcards):
 # --- tables
 
 
-def rows_of(experiment, names=None):
-    """What a table shows of an experiment, in order: the teacher and its methods, or the methods named."""
-    chosen = CONFIG.experiments[experiment]
-    rows = [] if names else [{"method": "teacher"} | tables_of(f"teachers/{chosen.teacher}")]
-    for name, variant in PLAN.variants[experiment].items():
-        if names is None or name in names:
-            row = {"method": variant.method, "variant": name, "objective": variant.objective}
-            rows.append(row | tables_of(f"{experiment}/methods/{name}"))
-    common = {"experiment": experiment, "teacher": chosen.teacher, "student": chosen.student}
-    return [common | {"objective": "", "variant": ""} | row for row in rows]
-
-
-def tables_of(group):
-    return {"scores": f"results/{group}/scores.csv", "items": f"results/{group}/items.csv"}
-
-
 def shown(wildcards):
     """The rows of the table that the wildcards name: all experiments, one, or one method of one."""
     if "method" in wildcards.keys():
         names = PLAN.blocks.get(wildcards.experiment, {}).get(wildcards.method, [wildcards.method])
-        return rows_of(wildcards.experiment, names)
+        return PLAN.rows(wildcards.experiment, names)
     experiments = [wildcards.experiment] if "experiment" in wildcards.keys() else EXPERIMENTS
-    return [row for experiment in experiments for row in rows_of(experiment)]
+    return [row for experiment in experiments for row in PLAN.rows(experiment)]
 
 
-def shown_scores(wildcards):
-    return list(dict.fromkeys(row["scores"] for row in shown(wildcards)))
-
-
-def shown_items(wildcards):
-    return list(dict.fromkeys(row["items"] for row in shown(wildcards)))
+def shown_tables(wildcards):
+    """The scores of all models that a table shows, in all and record by record."""
+    return list(dict.fromkeys(row[kind] for row in shown(wildcards) for kind in ("scores", "items")))
 
 
 def shown_rows(wildcards):

@@ -31,8 +31,7 @@ rule collect_scores:
 rule aggregate_method:
     input:
         script="workflow/scripts/aggregate.py",
-        scores=shown_scores,
-        by_record=shown_items,
+        scores=shown_tables,
     output:
         "results/{experiment}/methods/{method}/table.csv",
     log:
@@ -54,8 +53,7 @@ rule aggregate_method:
 rule aggregate_experiment:
     input:
         script="workflow/scripts/aggregate.py",
-        scores=shown_scores,
-        by_record=shown_items,
+        scores=shown_tables,
     output:
         "results/{experiment}/table.csv",
     log:
@@ -78,8 +76,7 @@ rule aggregate:
     """The product: one row per experiment, model, method and objective."""
     input:
         script="workflow/scripts/aggregate.py",
-        scores=shown_scores,
-        by_record=shown_items,
+        scores=shown_tables,
         alignments=shown_alignments,
     output:
         table=report(

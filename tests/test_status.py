@@ -17,6 +17,7 @@ from kdbench.training.progress import Progress
 
 EVALUATIONS = ["evaluation/test/decode10", "evaluation/shift/decode10"]
 NAME = "pair/methods/uld/seed1"
+PLAN = {"runs": [NAME], "fetched": [], "evaluations": EVALUATIONS}
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def train(results: Path, steps: int, total: int = 1500) -> Progress:
 
 
 def state(results: Path) -> status.Run:
-    return status.state_of(results, NAME, EVALUATIONS)
+    return status.state_of(results, NAME, PLAN)
 
 
 def test_from_waiting_to_done(results):
@@ -101,6 +102,18 @@ def test_a_training_on_another_machine_lives_while_it_writes(results):
     assert state(results).state == "stopped"
 
 
+def test_a_teacher_that_is_not_trained_here(results):
+    """Its model lies elsewhere; what it has here are answers."""
+    plan = PLAN | {"runs": ["teachers/tuned"], "fetched": ["teachers/tuned"]}
+    assert status.state_of(results, "teachers/tuned", plan) == status.Run(
+        "teachers/tuned", "waiting", "not trained here"
+    )
+    files.write_json(results / "teachers/tuned" / EVALUATIONS[0] / "scores.json", {})
+    assert status.state_of(results, "teachers/tuned", plan).state == "evaluating"
+    files.write_json(results / "teachers/tuned" / EVALUATIONS[1] / "scores.json", {})
+    assert status.state_of(results, "teachers/tuned", plan).state == "done"
+
+
 def test_lines_that_are_being_written_do_no_harm(results):
     lock = Lock(results / NAME / ".lock", "the run")
     train(results, 2).close()
@@ -112,7 +125,7 @@ def test_lines_that_are_being_written_do_no_harm(results):
 
 def test_report(results):
     train(results, 2).close()
-    plan = {"runs": [NAME, "pair/methods/mcw_kd/seed1", "teachers/big"], "evaluations": EVALUATIONS}
+    plan = PLAN | {"runs": [NAME, "pair/methods/mcw_kd/seed1", "teachers/big"]}
     files.write_json(results / "teachers/big/model/manifest.json", {})
     lines = status.report(results, plan).splitlines()
     assert [line.split()[1] for line in lines[:3]] == ["stopped", "waiting", "evaluating"]
@@ -127,7 +140,7 @@ def test_command(results, monkeypatch):
     assert done.stderr.startswith("error: ")
     assert "no run has begun in this folder" in done.stderr
     monkeypatch.chdir(results.parent)
-    status.write_plan([NAME], EVALUATIONS)
+    status.write_plan(PLAN)
     assert json.loads(status.PLAN.read_text())["runs"] == [NAME]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

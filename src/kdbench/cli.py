@@ -33,7 +33,7 @@ def _follow_snakemake(interval: float = 1.0) -> None:
         return
 
     def watch():
-        while _lives(above):
+        while lives(above):
             time.sleep(interval)
         try:
             print(f"the Snakemake of this job (process {above.pid}) is gone: stopping", file=sys.stderr, flush=True)
@@ -52,7 +52,8 @@ def _is_snakemake(process) -> bool:
         return False
 
 
-def _lives(process) -> bool:
+def lives(process) -> bool:
+    """Whether a process of psutil runs, and is no zombie."""
     import psutil
 
     try:

@@ -50,6 +50,16 @@ def write_json(path, value) -> None:
     write_text(path, json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n")
 
 
+def tail(path, size: int = 65536) -> list[str]:
+    """The last lines of a text that may be large, from its last so many bytes; none where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def read_json(path):
     """Read a JSON file.
 

@@ -51,15 +51,22 @@ class Lock:
         self._file.flush()
 
     def _holder(self) -> str:
-        try:
-            holder = json.loads(self.path.read_text())
-            return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except json.JSONDecodeError:  # it has the lock, but has not yet written down who it is
+        found = holder(self.path)
+        if found is None:  # it has the lock, but has not yet written down who it is
             return "another process"
+        return f"process {found['process']} on {found['host']} since {found['since']}"
 
     def release(self) -> None:
         """Let others have it."""
         self._file.close()
+
+
+def holder(path) -> dict | None:
+    """Who wrote itself into a lock file last, `host`, `process` and `since`, whether it still holds the lock or not; None if nobody has."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
 
 
 def hold_workflow(folder: Path) -> Lock:

@@ -47,6 +47,11 @@ class Variant:
         return methods.get(self.method).across_tokenizers
 
 
+def _tables(group: str) -> dict[str, str]:
+    """Tables of the scores of a teacher or of a variant's students."""
+    return {"scores": f"results/{group}/scores.csv", "items": f"results/{group}/items.csv"}
+
+
 class Plan:
     """Answers every question that the rules ask about a configuration."""
 
@@ -87,6 +92,38 @@ class Plan:
     def teachers(self) -> list[str]:
         """The teachers that experiments use."""
         return list(dict.fromkeys(experiment.teacher for experiment in self.config.experiments.values()))
+
+    def rows(self, experiment: str, names: list[str] | None = None) -> list[dict]:
+        """What a table shows of an experiment, in order, with the scores of each: the teacher and all variants, or those named."""
+        chosen = self.config.experiments[experiment]
+        rows = [] if names else [{"method": "teacher"} | _tables(f"teachers/{chosen.teacher}")]
+        for name, variant in self.variants[experiment].items():
+            if names is None or name in names:
+                row = {"method": variant.method, "variant": name, "objective": variant.objective}
+                rows.append(row | _tables(f"{experiment}/methods/{name}"))
+        common = {"experiment": experiment, "teacher": chosen.teacher, "student": chosen.student}
+        return [common | {"objective": "", "variant": ""} | row for row in rows]
+
+    def runs(self) -> dict:
+        """All models that are evaluated, for `kdbench.status`: `runs`, their folders below results/; `fetched`, those among them that are
+        not trained here; `evaluations`, the folders below each that will hold scores.json."""
+        teachers = {f"teachers/{name}": self.config.teachers[name].train is not None for name in self.teachers}
+        students = [
+            f"{experiment}/methods/{name}/seed{seed}"
+            for experiment, variants in self.variants.items()
+            for name in variants
+            for seed in self.config.experiments[experiment].seeds
+        ]
+        evaluation = self.config.evaluation
+        return {
+            "runs": [*teachers, *students],
+            "fetched": [name for name, trains in teachers.items() if not trains],
+            "evaluations": [
+                f"evaluation/{dataset}/decode{seed}"
+                for dataset in evaluation.datasets
+                for seed in evaluation.decode_seeds
+            ],
+        }
 
     def readers(self, experiment: str) -> str:
         """The pair of models whose tokenizers share an experiment's texts, as a folder name: student+teacher."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
 import socket
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from kdbench import cli, files
+from kdbench import cli, files, locks
 from kdbench.errors import UserError
 
 PLAN = Path(".snakemake/kdbench-plan.json")  # what the last Snakemake of a folder set out to do
@@ -20,7 +19,6 @@ PLAN = Path(".snakemake/kdbench-plan.json")  # what the last Snakemake of a fold
 _STEP = re.compile(r"^(\S+) step (\d+)/(\d+),")
 _ATTEMPT = re.compile(r"^\S+ trains ")
 _QUIET = 600.0  # seconds without a sign after which a training on another machine is taken for dead
-_TAIL = 65536  # bytes of a log that are read from its end
 
 
 @dataclass(frozen=True)
@@ -39,34 +37,32 @@ class Run:
     detail: str = ""
 
 
-def write_plan(runs: list[str], evaluations: list[str]) -> None:
-    """Leave for `status` what a Snakemake sets out to do.
-
-    Args:
-        runs: folders of trainings below results/.
-        evaluations: folders below each of them that will hold scores.json.
-    """
-    files.write_json(PLAN, {"runs": runs, "evaluations": evaluations})
+def write_plan(plan: dict) -> None:
+    """Leave for `status` what a Snakemake sets out to do: `kdbench.plan.Plan.runs`."""
+    files.write_json(PLAN, plan)
 
 
-def state_of(results: Path, name: str, evaluations: list[str]) -> Run:
-    """The state of a training.
+def state_of(results: Path, name: str, plan: dict) -> Run:
+    """The state of a model that is to be evaluated.
 
     Args:
         results: the results folder.
-        name: of the training's folder in it.
-        evaluations: folders in that one that will hold scores.json.
+        name: of the model's folder in it.
+        plan: see `kdbench.plan.Plan.runs`.
     """
-    folder = results / name
-    if (folder / "model/manifest.json").exists():
+    folder, evaluations = results / name, plan["evaluations"]
+    fetched = name in plan["fetched"]
+    if fetched or (folder / "model/manifest.json").exists():
         scored = sum((folder / of / "scores.json").exists() for of in evaluations)
         if scored == len(evaluations):
             return Run(name, "done")
+        if fetched and not scored:
+            return Run(name, "waiting", "not trained here")
         return Run(name, "evaluating", f"{scored} of {len(evaluations)} sets of answers have scores")
     log = folder / "train.log"
     if not log.exists():
         return Run(name, "waiting")
-    lines = _tail(log)
+    lines = files.tail(log)
     where = _worker(folder)
     if where is None:
         return Run(name, "stopped", lines[-1].split(" ", 1)[-1] if lines else "")
@@ -75,9 +71,8 @@ def state_of(results: Path, name: str, evaluations: list[str]) -> Run:
 
 def _worker(folder: Path) -> str | None:
     """Where a training is worked on, "" for here; None if it is not. The lock itself is left alone: to try it would be to hold it."""
-    try:
-        holder = json.loads((folder / ".lock").read_text())
-    except (OSError, json.JSONDecodeError):
+    holder = locks.holder(folder / ".lock")
+    if holder is None:
         return None
     if holder["host"] == socket.gethostname():
         return "" if _lives(holder) else None
@@ -92,7 +87,7 @@ def _lives(holder: dict) -> bool:
     try:
         process = psutil.Process(holder["process"])
         older = process.create_time() <= datetime.fromisoformat(holder["since"]).timestamp() + 1
-        return older and process.status() != psutil.STATUS_ZOMBIE
+        return older and cli.lives(process)
     except psutil.NoSuchProcess:
         return False
 
@@ -119,7 +114,7 @@ def _progress(folder: Path, lines: list[str]) -> str:
 
 def _last_step(path: Path) -> dict:
     """The newest metrics of a step; a line that is being written is none."""
-    for line in reversed(_tail(path)):
+    for line in reversed(files.tail(path)):
         try:
             metrics = json.loads(line)
         except json.JSONDecodeError:
@@ -127,15 +122,6 @@ def _last_step(path: Path) -> dict:
         if "loss" in metrics:
             return metrics
     return {}
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
 
 
 def _duration(seconds: float) -> str:
@@ -150,9 +136,9 @@ def report(results: Path, plan: dict) -> str:
 
     Args:
         results: the results folder.
-        plan: that `write_plan` wrote.
+        plan: see `kdbench.plan.Plan.runs`.
     """
-    runs = [state_of(results, name, plan["evaluations"]) for name in plan["runs"]]
+    runs = [state_of(results, name, plan) for name in plan["runs"]]
     width = max(map(len, plan["runs"]), default=0)
     lines = [f"{run.name:<{width}}  {run.state:<10}  {run.detail}".rstrip() for run in runs]
     count = Counter(run.state for run in runs)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdbench import files
+
 _JOBS = 5  # failed jobs that are told in full
 _LINES = 10  # last lines of a log
 _ROWS = 30  # a longer table is not shown
@@ -158,7 +160,7 @@ def _text(log: Path) -> str:
 
 
 def _tail(log: Path) -> list[str]:
-    return [line for line in _text(log).replace("\r", "\n").splitlines() if line.strip()][-_LINES:]
+    return [line for line in files.tail(log) if line.strip()][-_LINES:]
 
 
 def _hints(text: str) -> list[str]:

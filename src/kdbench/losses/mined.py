@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdbench.losses.cross_entropy import cross_entropy
+
 
 def largest_of_preimage(logits: Tensor, nearest: Tensor, size: int) -> Tensor:
     """For each token of the student, the largest logit among the teacher's tokens that are mapped to it; without gradient.
@@ -63,4 +65,4 @@ def one_hot_divergence(logits: Tensor, targets: Tensor, temperature: float) -> T
     Returns:
         (r,) nats.
     """
-    return F.cross_entropy(logits / temperature, targets, reduction="none")
+    return cross_entropy(logits / temperature, targets)

@@ -101,8 +101,7 @@ def logits_at(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     Returns:
         (n, k), float32 or wider, with gradients for hidden states and head.
     """
-    device = "cpu" if hidden.device.type == "cpu" else "cuda"
-    rows_at_a_time = max(1, _PIECE_ELEMENTS[device] // max(1, tokens.shape[1] * hidden.shape[1]))
+    rows_at_a_time = max(1, _PIECE_ELEMENTS[_kind(hidden)] // max(1, tokens.shape[1] * hidden.shape[1]))
     return _LogitsAt.apply(tokens, rows_at_a_time, _computed_in(hidden.device), hidden, head.weight, head.bias)
 
 
@@ -117,11 +116,15 @@ def _arguments(heads: Sequence[tuple[Tensor, Head]], chunk: int | None) -> tuple
     counts = [hidden.shape[0] for hidden, _ in heads]
     if len(set(counts)) > 1:
         raise ValueError(f"heads with different numbers of rows: {counts}")
-    device = "cpu" if heads[0][0].device.type == "cpu" else "cuda"
+    kind = _kind(heads[0][0])
     widest = max(head.weight.shape[0] for _, head in heads)
-    chunk = chunk or max(1, _CHUNK_ELEMENTS[device] // widest)
-    piece = min(chunk, max(1, _PIECE_ELEMENTS[device] // widest))
+    chunk = chunk or max(1, _CHUNK_ELEMENTS[kind] // widest)
+    piece = min(chunk, max(1, _PIECE_ELEMENTS[kind] // widest))
     return (chunk, piece), [tensor for hidden, head in heads for tensor in (hidden, head.weight, head.bias)]
+
+
+def _kind(of: Tensor) -> str:
+    return "cpu" if of.device.type == "cpu" else "cuda"
 
 
 def _parts(count: int, size: int) -> list[slice]:
@@ -227,9 +230,10 @@ class _LogitsAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (rows_at_a_time, compute, wide), (tokens, hidden, weight) = ctx.settings, ctx.saved_tensors
-        to_hidden, to_weight, to_bias = ctx.needs_input_grad[3:]
-        to_hidden = torch.zeros_like(hidden) if to_hidden else None
-        to_weight = torch.zeros_like(weight, dtype=wide) if to_weight else None
+        trains_hidden, trains_weight, trains_bias = ctx.needs_input_grad[3:]
+        to_hidden = torch.zeros_like(hidden) if trains_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=wide) if trains_weight else None
+        to_bias = torch.zeros_like(ctx.bias, dtype=wide) if trains_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(tokens), rows_at_a_time):
                 if to_hidden is not None:
@@ -238,10 +242,11 @@ class _LogitsAt(torch.autograd.Function):
                 if to_weight is not None:
                     rows = upstream[part][:, :, None] * hidden[part].to(wide)[:, None, :]
                     to_weight.index_add_(0, tokens[part].flatten(), rows.flatten(0, 1))
-        if to_bias:
-            to_bias = torch.zeros_like(ctx.bias, dtype=wide).index_add_(0, tokens.flatten(), upstream.flatten())
-        narrow = None if to_weight is None else to_weight.to(weight.dtype)
-        return None, None, None, to_hidden, narrow, to_bias.to(ctx.bias.dtype) if ctx.needs_input_grad[5] else None
+        if to_weight is not None:
+            to_weight = to_weight.to(weight.dtype)
+        if to_bias is not None:
+            to_bias = to_bias.index_add_(0, tokens.flatten(), upstream.flatten()).to(ctx.bias.dtype)
+        return None, None, None, to_hidden, to_weight, to_bias
 
 
 def _pieces(
